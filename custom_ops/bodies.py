@@ -1,0 +1,173 @@
+"""Parts of the ONNX function bodies that several operators share (``onnx.parser`` text).
+
+A body restates the NumPy reference in standard operators, in the same order of roundings, so that
+without the plugin a model still computes the same integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bitcompile.opset import DOMAIN, ONNX_OPSET, Attribute
+from bitcompile.packing import layout
+
+
+def function(
+    name: str, inputs: Sequence[str], attributes: Sequence[str], body: str, result: str = "y"
+) -> str:
+    """A model-local function of our domain in ``onnx.parser`` text."""
+    return (
+        f'<opset_import: ["" : {ONNX_OPSET}, "{DOMAIN}" : 1], domain: "{DOMAIN}">\n'
+        f"{name} <{', '.join(attributes)}> ({', '.join(inputs)}) => ({result}) {{\n{body}}}\n"
+    )
+
+
+def constant(name: str, value: float | int | Sequence[int]) -> str:
+    """One Constant node."""
+    if isinstance(value, float):
+        kind, text = "value_float: float", repr(value)
+    elif isinstance(value, int):
+        kind, text = "value_int: int", str(value)
+    else:
+        kind, text = "value_ints: ints", "[" + ", ".join(map(str, value)) + "]"
+    return f"  {name} = Constant <{kind} = {text}> ()\n"
+
+
+def quantize(limit: float, x: str = "x") -> str:
+    """``xq`` (float, integral), ``s``: per-token quantisation of ``x`` to ``+-limit``.
+
+    A NaN or Inf in a row turns that row's ``s`` into NaN.
+    """
+    return (
+        constant("q_last", [-1])
+        + constant("q_floor", 1e-5)
+        + constant("q_one", 1.0)
+        + constant("q_zero", 0.0)
+        + constant("q_limit", limit)
+        + f"  q_abs = Abs ({x})\n"
+        "  q_amax = ReduceMax <keepdims: int = 1> (q_abs, q_last)\n"
+        "  q_safe = Max (q_amax, q_floor)\n"
+        f"  q_poison = Mul ({x}, q_zero)\n"
+        "  q_nan = ReduceSum <keepdims: int = 1> (q_poison, q_last)\n"
+        "  q_range = Add (q_safe, q_nan)\n"
+        "  q_r = Div (q_one, q_range)\n"
+        # Without the Max of one, ONNX Runtime turns (1 / t) * 127 into 127 / t.
+        "  q_kept = Max (q_r)\n"
+        "  s = Mul (q_kept, q_limit)\n"
+        f"  q_scaled = Mul ({x}, s)\n"
+        "  xq = Round (q_scaled)\n"
+    )
+
+
+def unpack(layout_id: str, w: str = "w") -> str:
+    """``w_t``: the packed weight as int8 ``[K, N]`` (attributes N, K of the function)."""
+    chosen = layout(layout_id)
+    n, k4 = chosen.tile_n, chosen.tile_k // 4
+    # [rows, cols, n, field, k4] or [rows, cols, n, k4, field] -> [rows, n, cols, ...]
+    fields = [1, 1, 1, 4, 1] if chosen.interleaved else [1, 1, 1, 1, 4]
+    split = [0, 0, n, 1, k4] if chosen.interleaved else [0, 0, n, k4, 1]
+    flat = [0, -1, n * k4] if n > 1 else [0, -1, 1]
+    return (
+        constant("u_flat", flat)
+        + constant("u_split", split)
+        + constant("u_shifts", [1, 4, 16, 64])
+        + constant("u_fields", fields)
+        + constant("u_four", 4)
+        + constant("u_one", 1)
+        + constant("u_rows", [0, n, -1] if n > 1 else [0, 1, -1])
+        + constant("u_matrix", [-1, 0])
+        + constant("u_start", [0, 0])
+        + constant("u_axes", [0, 1])
+        + constant("u_zero", [0])
+        + "  u_n = Constant <value_int: int = @N> ()\n"
+        "  u_k = Constant <value_int: int = @K> ()\n"
+        "  u_n1 = Unsqueeze (u_n, u_zero)\n"
+        "  u_k1 = Unsqueeze (u_k, u_zero)\n"
+        "  u_end = Concat <axis: int = 0> (u_n1, u_k1)\n"
+        f"  u_int = Cast <to: int = 6> ({w})\n"
+        "  u_tiles = Reshape (u_int, u_flat)\n"
+        "  u_bytes = Reshape (u_tiles, u_split)\n"
+        "  u_shift4 = Reshape (u_shifts, u_fields)\n"
+        "  u_shift = Cast <to: int = 6> (u_shift4)\n"
+        "  u_mod4 = Cast <to: int = 6> (u_four)\n"
+        "  u_off = Cast <to: int = 6> (u_one)\n"
+        "  u_div = Div (u_bytes, u_shift)\n"
+        "  u_code = Mod (u_div, u_mod4)\n"
+        "  u_trit = Sub (u_code, u_off)\n"
+        "  u_small = Cast <to: int = 3> (u_trit)\n"
+        "  u_order = Transpose <perm: ints = [0, 2, 1, 3, 4]> (u_small)\n"
+        "  u_wide = Reshape (u_order, u_rows)\n"
+        "  u_rowsize = Shape <start: int = 2, end: int = 3> (u_wide)\n"
+        "  u_minus = Constant <value_ints: ints = [-1]> ()\n"
+        "  u_target = Concat <axis: int = 0> (u_minus, u_rowsize)\n"
+        "  u_padded = Reshape (u_wide, u_target)\n"
+        "  u_weight = Slice (u_padded, u_start, u_end, u_axes)\n"
+        "  w_t = Transpose <perm: ints = [1, 0]> (u_weight)\n"
+    )
+
+
+def rms_norm(x: str = "x", gamma: str = "gamma") -> str:
+    """``normed``: RMSNorm in the reference's summation order (attribute eps of the function).
+
+    CumSum is sequential by definition, so its last step is the ordered sum of each lane; six
+    halvings join the 64 lanes.
+    """
+    text = (
+        constant("r_lanes", [-1, 64])
+        + constant("r_64", [64])
+        + constant("r_last", [-1])
+        + constant("r_axis", -2)
+        + constant("r_end", -1)
+        + constant("r_one", 1.0)
+        + constant("r_zeros", [0])
+        + "  r_eps = Constant <value_float: float = @eps> ()\n"
+        f"  r_k = Shape <start: int = -1> ({x})\n"
+        "  r_kf = Cast <to: int = 1> (r_k)\n"
+        "  r_neg = Neg (r_k)\n"
+        "  r_pad = Mod (r_neg, r_64)\n"
+        "  r_pads = Concat <axis: int = 0> (r_zeros, r_pad)\n"
+        f"  r_sq = Mul ({x}, {x})\n"
+        "  r_padded = Pad (r_sq, r_pads, , r_last)\n"
+        f"  r_lead = Shape <start: int = 0, end: int = -1> ({x})\n"
+        "  r_shape = Concat <axis: int = 0> (r_lead, r_lanes)\n"
+        "  r_steps = Reshape <allowzero: int = 1> (r_padded, r_shape)\n"
+        "  r_sums = CumSum (r_steps, r_axis)\n"
+        "  r_p64 = Gather <axis: int = -2> (r_sums, r_end)\n"
+    )
+    width = 64
+    while width > 1:
+        half = width // 2
+        text += (
+            f"  r_a{half}, r_b{half} = Split <axis: int = -1, num_outputs: int = 2> (r_p{width})\n"
+            f"  r_p{half} = Add (r_a{half}, r_b{half})\n"
+        )
+        width = half
+    return text + (
+        "  r_mean = Div (r_p1, r_kf)\n"
+        "  r_var = Add (r_mean, r_eps)\n"
+        "  r_std = Sqrt (r_var)\n"
+        "  r_inverse = Div (r_one, r_std)\n"
+        "  r_rstd = Max (r_inverse)\n"  # keeps x * (1 / std) from becoming x / std
+        f"  r_y = Mul ({x}, r_rstd)\n"
+        f"  normed = Mul (r_y, {gamma})\n"
+    )
+
+
+LINEAR_ATTRIBUTES = ("K", "N", "layout", "group_size", "act_bits")
+
+
+def linear_body(attributes: Mapping[str, Attribute], x: str = "x") -> str:
+    """Quantise ``x``, multiply by the unpacked ternary weight, rescale, add bias and residual."""
+    return (
+        quantize(127.0, x)
+        + "  xi = Cast <to: int = 3> (xq)\n"
+        + unpack(str(attributes["layout"]))
+        + constant("l_flat", [-1])
+        + "  acc = MatMulInteger (xi, w_t)\n"
+        "  accf = Cast <to: int = 1> (acc)\n"
+        "  l_rows = Reshape (w_scale, l_flat)\n"
+        "  l_scale = Div (l_rows, s)\n"
+        "  l_y = Mul (accf, l_scale)\n"
+        "  l_biased = Add (l_y, bias)\n"
+        "  y = Add (l_biased, residual)\n"
+    )

@@ -1,0 +1,1 @@
+"""C sources of the ONNX Runtime plugin, compiled with each target's kernels."""

@@ -1,0 +1,1 @@
+"""Ternary kernels as TIR, written once for every CPU, and their compilation."""

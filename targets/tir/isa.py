@@ -1,0 +1,127 @@
+"""What an instruction set gives a ternary kernel: vector width and dot products.
+
+The generators in this folder are written once against :class:`Isa`; a new instruction set is one
+value of it. All arithmetic here is exact, so every variant yields the same integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bitcompile.targets.tir.dsl import Expr, T, const, typed
+
+TILE = 64
+"""Bytes of a weight tile of the CPU layout: 16 rows x 16 columns."""
+TILE_ROWS = 16
+MAX_FIELD = 4
+"""Fields (2-bit codes) in a byte."""
+
+Dot = Callable[[Expr, Expr, Expr], Expr]
+
+
+def shifted_bytes(v: Expr, bits: int, lanes: int) -> Expr:
+    """``v >> bits`` with bits crossing from the byte above: the caller masks them away."""
+    words = T.reinterpret(v, dtype=typed("uint16", lanes // 2))
+    moved = T.shift_right(words, const(bits, "uint16", lanes // 2))
+    return T.reinterpret(moved, dtype=typed("uint8", lanes))
+
+
+def field_in_place(v: Expr, p: int, lanes: int) -> tuple[Expr, int]:
+    """Bit pair ``p`` decoded by AND alone: ``(code * 4**p, 2 p)``."""
+    return T.bitwise_and(v, const(3 << 2 * p, "uint8", lanes)), 2 * p
+
+
+def field_shifted(v: Expr, p: int, lanes: int) -> tuple[Expr, int]:
+    """Bit pair ``p`` moved down: ``(code, 0)``."""
+    moved = shifted_bytes(v, 2 * p, lanes) if p else v
+    return T.bitwise_and(moved, const(3, "uint8", lanes)), 0
+
+
+def dot4_generic(acc: Expr, w: Expr, a: Expr, lanes: int) -> Expr:
+    """``acc[i] + sum_j w[4 i + j] a[4 i + j]`` for uint8 w, int8 a, in vector operations alone.
+
+    Even and odd bytes are multiplied as 16-bit lanes (255 * 128 fits), and the two products of a
+    32-bit lane are added after sign extension.
+    """
+    half, quarter = lanes // 2, lanes // 4
+    w16 = T.reinterpret(w, dtype=typed("uint16", half))
+    a16 = T.reinterpret(a, dtype=typed("int16", half))
+    eight = const(8, "int16", half)
+    w_even = T.bitwise_and(w16, const(255, "uint16", half))
+    w_odd = T.shift_right(w16, const(8, "uint16", half))
+    a_even = T.shift_right(T.shift_left(a16, eight), eight)
+    a_odd = T.shift_right(a16, eight)
+    for w_part, a_part in ((w_even, a_even), (w_odd, a_odd)):
+        product = T.reinterpret(w_part, dtype=typed("int16", half)) * a_part
+        pair = T.reinterpret(product, dtype=typed("int32", quarter))
+        sixteen = const(16, "int32", quarter)
+        low = T.shift_right(T.shift_left(pair, sixteen), sixteen)
+        acc = acc + low + T.shift_right(pair, sixteen)
+    return acc
+
+
+@dataclass(frozen=True)
+class Gemv:
+    """Parameters of the decode schedule."""
+
+    streams: int = 1
+    """16-row tiles walked at once for one activation row."""
+    batch: int = 4
+    """Activation rows that share one read of a tile when there are several."""
+    prefetch_bytes: int = 16384
+    prefetch_locality: int = 2
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """Parameters of the prefill schedule: the register tile and the K block."""
+
+    rows: int
+    """Activation rows of the register tile."""
+    tiles: int
+    """16-row weight tiles of the register tile."""
+    k_blocks: int
+    """16-column blocks of a panel, unpacked once for many activation rows."""
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One kernel variant of a CPU plugin."""
+
+    name: str
+    target: Mapping[str, Any]
+    """TVM target description."""
+    bytes: int
+    """Weight bytes of one vector: 4 per int32 lane."""
+    dot4: Dot
+    """``acc int32 + sum of 4 products`` for any uint8 and int8; exact."""
+    ternary_dot: Dot
+    """The same for field values and |q| <= 127, into accumulators of type ``acc_dtype``."""
+    acc_dtype: str
+    widen: Callable[[Expr], Expr]
+    """Accumulators to one int32 lane per weight row."""
+    decode_field: Callable[[Expr, int, int], tuple[Expr, int]]
+    """``(v, p, lanes) -> (codes * 2**shift, shift)``."""
+    flush_blocks: int | None
+    """16-column blocks after which gemv accumulators must be widened; None for never."""
+    features: tuple[str, ...] = ()
+    """CPU features it needs, as named in ``custom_ops/csrc/cpu.c``."""
+    gemv: Gemv = field(default_factory=Gemv)
+    gemm: Gemm = field(default_factory=lambda: Gemm(rows=4, tiles=1, k_blocks=16))
+
+    @property
+    def rows(self) -> int:
+        """Weight rows (int32 lanes) of one vector."""
+        return self.bytes // 4
+
+    @property
+    def groups(self) -> int:
+        """Vectors of one 64-byte tile."""
+        return TILE // self.bytes
+
+    @property
+    def acc_lanes(self) -> int:
+        """Lanes of one accumulator."""
+        return self.rows * (2 if self.acc_dtype == "int16" else 1)

@@ -1,0 +1,176 @@
+"""From kernel generators to a linked plugin: objects by TVM, C glue and linking by zig.
+
+Kernels take N, K and M at run time, so one plugin serves every model of a target: it is compiled
+once and kept in the user's cache under a hash of everything it was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import bitcompile.custom_ops.csrc
+
+from bitcompile.errors import ToolchainError
+from bitcompile.model import Kernel
+
+if TYPE_CHECKING:
+    from bitcompile.targets.tir.isa import Isa
+
+CSRC = Path(bitcompile.custom_ops.csrc.__path__[0])
+TIR = Path(__file__).parent
+
+
+GENERATORS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
+    "quantize": ("rows", "quantize", ()),
+    "norm_quantize": ("rows", "norm_quantize", ()),
+    "gemv": ("gemv", "gemv", ()),
+    "gemm": ("gemm", "gemm", ()),
+    "glu[BC_RELU2]": ("rows", "glu", ("relu2",)),
+    "glu[BC_SILU]": ("rows", "glu", ("silu",)),
+    "glu[BC_GELU_TANH]": ("rows", "glu", ("gelu_tanh",)),
+    "glu[BC_GELU_ERF]": ("rows", "glu", ("gelu_erf",)),
+    "head_quantize8": ("head", "head_quantize", (8,)),
+    "head_quantize4": ("head", "head_quantize", (4,)),
+    "head8": ("head", "head", (8,)),
+    "head4": ("head", "head", (4,)),
+    "read_roof": ("roof", "read_roof", ()),
+    "dot_roof": ("roof", "dot_roof", ()),
+}
+"""Field of ``bc_variant`` (``kernels.h``): module, function, arguments after (isa, name)."""
+
+
+def _generate(field: str, isa: Isa) -> Any:
+    module, function, arguments = GENERATORS[field]
+    generator = getattr(import_module(f"bitcompile.targets.tir.{module}"), function)
+    return generator(isa, symbol(field, isa.name), *arguments)
+
+
+def _plain(field: str) -> str:
+    """``glu_relu2`` for ``glu[BC_RELU2]``."""
+    return field.replace("[BC_", "_").rstrip("]").lower()
+
+
+def symbol(field: str, isa: str) -> str:
+    """C symbol of a kernel: ``bc_gemv_avx2``."""
+    return f"bc_{_plain(field)}_{isa.replace('-', '_')}"
+
+
+def kernel_table(isas: Sequence[str]) -> tuple[Kernel, ...]:
+    """The rows a plugin with these variants has."""
+    return tuple(
+        Kernel(_plain(field), isa, symbol(field, isa)) for isa in isas for field in GENERATORS
+    )
+
+
+def _table_source(isas: Sequence[Isa], layout: str) -> str:
+    """``kernels.c``: declarations and the variants, best first."""
+    from bitcompile.targets.tir.gemm import panel_bytes, partial_values
+    from bitcompile.targets.tir.roof import DOT_CHAINS
+
+    lines = ['#include "kernels.h"', ""]
+    for isa in isas:
+        for field in GENERATORS:
+            kind = field.split("[")[0].rstrip("48")
+            lines.append(f"bc_{kind}_fn {symbol(field, isa.name)};")
+    lines += ["", f'const char bc_layout[] = "{layout}";', "const bc_variant bc_variants[] = {"]
+    for isa in isas:
+        values = {
+            "isa": f'"{isa.name}"',
+            "features": f'"{",".join(isa.features)}"',
+            "gemm_rows": isa.gemm.rows,
+            "gemm_tiles": isa.gemm.tiles,
+            "panel_bytes": panel_bytes(isa),
+            "partial_values": partial_values(isa),
+            "dot_roof_macs": DOT_CHAINS * isa.bytes,
+            **{field: symbol(field, isa.name) for field in GENERATORS},
+        }
+        lines.append("  {" + ", ".join(f".{name} = {value}" for name, value in values.items()))
+        lines[-1] += "},"
+    lines += ["};", f"const int bc_variant_count = {len(isas)};", ""]
+    return "\n".join(lines)
+
+
+def cache_dir() -> Path:
+    """Where compiled plugins are kept: ``$BITCOMPILE_CACHE``, else the user's cache folder."""
+    chosen = os.environ.get("BITCOMPILE_CACHE")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "bitcompile"
+
+
+def _fingerprint(*parts: str) -> str:
+    """Hash of the generators, the C sources and the compilers' versions."""
+    spine = Path(bitcompile.errors.__file__).parent
+    sources = [*sorted(TIR.glob("*.py")), *sorted(CSRC.iterdir()), spine / "numerics.py"]
+    digest = hashlib.sha256()
+    for path in sources:
+        if path.is_file():
+            digest.update(path.name.encode() + path.read_bytes())
+    versions = [metadata.version(package) for package in ("apache-tvm", "ziglang")]
+    digest.update("\0".join([*versions, *parts]).encode())
+    return digest.hexdigest()[:16]
+
+
+def zig(arguments: Sequence[str]) -> None:
+    """Run ``zig``; raises ToolchainError with its first complaint."""
+    command = [sys.executable, "-m", "ziglang", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        complaint = next((x for x in done.stderr.splitlines() if "error" in x), "no message")
+        raise ToolchainError(f"zig could not compile the plugin: {complaint.strip()}")
+
+
+def link(triple: str, objects: Sequence[Path], sources: Sequence[Path], out: Path) -> None:
+    """Compile the C glue and link everything into a shared library for ``triple``."""
+    zig(
+        ["cc", "-target", triple, "-std=c11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
+        + ["-Wall", "-Wextra", "-Werror", "-fno-sanitize=all", "-s", f"-I{CSRC}"]
+        + [f"-Wl,--version-script={CSRC / 'plugin.map'}", "-Wl,-z,now"]
+        + [f"-Wl,-soname,{out.name}"]
+        + [str(path) for path in (*sources, *objects)]
+        + ["-o", str(out)]
+    )
+
+
+def build_plugin(
+    isas: Callable[[], Sequence[Isa]], triple: str, layout: str, library: str, cpu: str
+) -> Path:
+    """The plugin, from the cache or freshly compiled.
+
+    ``isas``: called only when it must be compiled (it imports TVM); ``cpu``: the C file that knows
+    the CPU's features. Raises ToolchainError if a compiler is missing or fails.
+    """
+    try:
+        folder = cache_dir() / _fingerprint(triple, layout, library, cpu)
+    except metadata.PackageNotFoundError as error:
+        raise ToolchainError(
+            f'package {error.name} is not installed: pip install "bitcompile[build]"'
+        ) from None
+    if (folder / library).exists():
+        return folder / library
+    from bitcompile.targets.tir.objects import compile_object
+
+    variants = isas()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        work = Path(name)
+        objects = []
+        for isa in variants:
+            functions = {symbol(field, isa.name): _generate(field, isa) for field in GENERATORS}
+            objects.append(work / f"{isa.name}.o")
+            compile_object(functions, isa.target, objects[-1])
+        table = work / "kernels.c"
+        table.write_text(_table_source(variants, layout))
+        link(triple, objects, [table, CSRC / "plugin.c", CSRC / cpu], work / library)
+        folder.mkdir(exist_ok=True)
+        os.replace(work / library, folder / library)
+    return folder / library

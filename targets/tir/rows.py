@@ -1,0 +1,272 @@
+"""Row-wise float32 kernels: norm, quantisation, gated activation. See ``bitcompile.numerics``.
+
+Written in 16-lane vectors on every instruction set (LLVM splits them), with one rounding per
+operation in the reference's order, so that all variants give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bitcompile.targets.tir.dsl import (
+    Buffer,
+    Expr,
+    T,
+    const,
+    exact,
+    halves,
+    kernel,
+    load,
+    local,
+    round_to_int,
+    splat,
+    store,
+    typed,
+    when,
+)
+from bitcompile.targets.tir.isa import Isa
+
+from bitcompile import numerics
+
+LANES = 16
+INF_BITS = 0x7F800000
+NAN_BITS = 0x7FC00000
+
+
+def f32(value: float, lanes: int) -> Expr:
+    """A float32 constant in every lane."""
+    return const(value, "float32", lanes)
+
+
+def vectors_and_tail(count: Expr, each: Callable[[Expr, int], None]) -> None:
+    """``each(index, lanes)`` over ``count`` elements: whole vectors, then one by one."""
+    whole = T.floordiv(count, LANES)
+    with T.serial(whole) as i:
+        each(i * LANES, LANES)
+    with T.serial(count - whole * LANES) as i:
+        each(whole * LANES + i, 1)
+
+
+def add_lanes(value: Expr, lanes: int, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """One value from a vector by halving: lanes i and i + h for h = lanes/2, ..., 1."""
+    while lanes > 1:
+        low, high = halves(value, lanes)
+        value = combine(low, high)
+        lanes //= 2
+    return value
+
+
+def _reciprocal_rms(x: Buffer, row: Expr, K: Expr, eps: Expr) -> Expr:
+    """``fl(1 / sqrt(mean(x**2) + eps))`` of one row, summed as ``numerics.rms_norm`` says."""
+    groups = numerics.NORM_LANES // LANES
+    sums = local(numerics.NORM_LANES, "float32")
+    for g in range(groups):
+        store(sums, g * LANES, f32(0.0, LANES), LANES)
+
+    def add(source: Buffer, at: Expr) -> None:
+        for g in range(groups):
+            v = load(source, at + g * LANES, LANES)
+            square = exact(v * v, LANES)
+            store(sums, g * LANES, load(sums, g * LANES, LANES) + square, LANES)
+
+    whole = T.floordiv(K, numerics.NORM_LANES)
+    with T.serial(whole) as i:
+        add(x, row + i * numerics.NORM_LANES)
+    rest = K - whole * numerics.NORM_LANES
+    with when(rest > 0):
+        # Adding the square of a zero leaves a sum as it is.
+        tail = local(numerics.NORM_LANES, "float32")
+        for g in range(groups):
+            store(tail, g * LANES, f32(0.0, LANES), LANES)
+        with T.serial(rest) as i:
+            store(tail, i, x[row + whole * numerics.NORM_LANES + i], 1)
+        add(tail, 0)
+    low, high = (
+        load(sums, h * LANES, LANES) + load(sums, (h + 2) * LANES, LANES) for h in range(2)
+    )
+    total = add_lanes(low + high, LANES, lambda a, b: a + b)
+    result = local(1, "float32")
+    mean = exact(total / T.cast(K, "float32"), 1)
+    store(result, 0, f32(1.0, 1) / T.sqrt(mean + eps), 1)
+    return result[0]
+
+
+Element = Callable[[Expr, int], Expr]
+
+
+def row_scale(magnitude_bits: Expr, limit: float, s: Buffer, m: Expr) -> Expr:
+    """Store and return the row's scale; a row with NaN or Inf stores NaN and returns 0.
+
+    Magnitudes are compared as integers, which orders floats and puts Inf and NaN on top.
+    """
+    floor = numerics.AMAX_FLOOR.view("int32").item()
+    clamped = T.max(magnitude_bits, T.int32(floor))
+    finite = local(1, "float32")
+    reciprocal = f32(1.0, 1) / T.reinterpret(clamped, dtype="float32")
+    store(finite, 0, exact(reciprocal, 1) * f32(limit, 1), 1)
+    store(s, m, finite[0], 1)
+    with when(magnitude_bits >= INF_BITS):
+        store(s, m, T.reinterpret(T.int32(NAN_BITS), dtype="float32"), 1)
+        store(finite, 0, f32(0.0, 1), 1)
+    return finite[0]
+
+
+def row_magnitude(element: Element, K: Expr) -> Expr:
+    """Largest ``|element|`` of a row, as the bits of a float32."""
+    wide = local(LANES, "int32")
+    single = local(1, "int32")
+    store(wide, 0, const(0, "int32", LANES), LANES)
+    store(single, 0, T.int32(0), 1)
+
+    def each(k: Expr, lanes: int) -> None:
+        bits = T.reinterpret(element(k, lanes), dtype=typed("int32", lanes))
+        magnitude = T.bitwise_and(bits, const(0x7FFFFFFF, "int32", lanes))
+        into = wide if lanes > 1 else single
+        store(into, 0, T.max(load(into, 0, lanes), magnitude), lanes)
+
+    vectors_and_tail(K, each)
+    return T.max(add_lanes(load(wide, 0, LANES), LANES, T.max), single[0])
+
+
+def quantized(value: Expr, scale: Expr, lanes: int) -> Expr:
+    """``rint(value * scale)`` as int32; a scale of 0 marks a row without finite values."""
+    scaled = exact(value * splat(scale, lanes), lanes)
+    usable = splat(scale, lanes) > f32(0.0, lanes)
+    # Select before rounding: NaN * 0 is NaN and has no integer.
+    return round_to_int(T.Select(usable, scaled, f32(0.0, lanes)), lanes)
+
+
+def _quantize_row(element: Element, q: Buffer, s: Buffer, qsum: Buffer, m: Expr, K: Expr,
+                  Kp: Expr) -> None:  # fmt: skip
+    scale = row_scale(row_magnitude(element, K), 127.0, s, m)
+    wide = local(LANES, "int32")
+    single = local(1, "int32")
+    store(wide, 0, const(0, "int32", LANES), LANES)
+    store(single, 0, T.int32(0), 1)
+
+    def each(k: Expr, lanes: int) -> None:
+        value = quantized(element(k, lanes), scale, lanes)
+        low, high = const(-128, "int32", lanes), const(127, "int32", lanes)
+        clamped = T.max(T.min(value, high), low)
+        into = wide if lanes > 1 else single
+        store(into, 0, load(into, 0, lanes) + clamped, lanes)
+        store(q, m * Kp + k, T.cast(clamped, typed("int8", lanes)), lanes)
+
+    vectors_and_tail(K, each)
+    with T.serial(Kp - K) as k:
+        store(q, m * Kp + K + k, T.int8(0), 1)
+    total = add_lanes(load(wide, 0, LANES), LANES, lambda a, b: a + b) + single[0]
+    store(qsum, m, total, 1)
+
+
+def quantize(isa: Isa, name: str) -> Any:
+    """``void name(x, q, s, qsum, M, K, Kp)``: per-token int8 quantisation of ``[M, K]``.
+
+    ``q``: int8 ``[M, Kp]``, columns from K on are 0; ``s``, ``qsum``: ``[M]``.
+    """
+
+    def body(x: Buffer, q: Buffer, s: Buffer, qsum: Buffer, M: Expr, K: Expr, Kp: Expr) -> None:
+        with T.serial(M) as m:
+            _quantize_row(lambda k, lanes: load(x, m * K + k, lanes), q, s, qsum, m, K, Kp)
+
+    parameters = [("x", "float32*"), ("q", "int8*"), ("s", "float32*"), ("qsum", "int32*")]
+    return kernel(name, [*parameters, ("M", "int32"), ("K", "int32"), ("Kp", "int32")], body)
+
+
+def norm_quantize(isa: Isa, name: str) -> Any:
+    """``void name(x, gamma, q, s, qsum, M, K, Kp, eps)``: RMSNorm, then :func:`quantize`."""
+
+    def body(x: Buffer, gamma: Buffer, q: Buffer, s: Buffer, qsum: Buffer, M: Expr, K: Expr,
+             Kp: Expr, eps: Expr) -> None:  # fmt: skip
+        with T.serial(M) as m:
+            rstd = _reciprocal_rms(x, m * K, K, eps)
+
+            def element(k: Expr, lanes: int) -> Expr:
+                scaled = exact(load(x, m * K + k, lanes) * splat(rstd, lanes), lanes)
+                return exact(scaled * load(gamma, k, lanes), lanes)
+
+            _quantize_row(element, q, s, qsum, m, K, Kp)
+
+    parameters = [("x", "float32*"), ("gamma", "float32*"), ("q", "int8*"), ("s", "float32*")]
+    sizes = [("qsum", "int32*"), ("M", "int32"), ("K", "int32"), ("Kp", "int32")]
+    return kernel(name, [*parameters, *sizes, ("eps", "float32")], body)
+
+
+def _exp(x: Expr, lanes: int) -> Expr:
+    """``numerics.exp``."""
+    x = T.max(T.min(x, f32(numerics.EXP_MAX, lanes)), f32(numerics.EXP_MIN, lanes))
+    n = round_to_int(x * f32(numerics.LOG2E, lanes), lanes)
+    nf = T.cast(n, typed("float32", lanes))
+    r = x - exact(nf * f32(numerics.LN2_HI, lanes), lanes)
+    r = exact(r - exact(nf * f32(numerics.LN2_LO, lanes), lanes), lanes)
+    p = f32(numerics.EXP_COEFFICIENTS[0], lanes)
+    for c in numerics.EXP_COEFFICIENTS[1:]:
+        p = exact(p * r, lanes) + f32(c, lanes)
+    y = exact(exact(p, lanes) * exact(r * r, lanes), lanes) + r + f32(1.0, lanes)
+    power = T.shift_left(n + const(127, "int32", lanes), const(23, "int32", lanes))
+    return exact(y, lanes) * T.reinterpret(power, dtype=typed("float32", lanes))
+
+
+def _sigmoid_product(x: Expr, z: Expr, lanes: int) -> Expr:
+    return x / (f32(1.0, lanes) + exact(_exp(f32(0.0, lanes) - z, lanes), lanes))
+
+
+def _relu2(g: Expr, lanes: int) -> Expr:
+    zero = f32(0.0, lanes)
+    positive = T.Select(g > zero, g, exact(g * zero, lanes))
+    return exact(positive * positive, lanes)
+
+
+def _silu(g: Expr, lanes: int) -> Expr:
+    return _sigmoid_product(g, g, lanes)
+
+
+def _gelu_tanh(g: Expr, lanes: int) -> Expr:
+    cube = exact(exact(g * g, lanes) * g, lanes)
+    inner = g + exact(cube * f32(numerics.GELU_TANH_C1, lanes), lanes)
+    return _sigmoid_product(g, exact(inner * f32(numerics.GELU_TANH_C0, lanes), lanes), lanes)
+
+
+def _gelu_erf(g: Expr, lanes: int) -> Expr:
+    zero = f32(0.0, lanes)
+    magnitude = T.Select(g > zero, g, zero - g)
+    z = exact(magnitude * f32(numerics.SQRT_HALF, lanes), lanes)
+    t = f32(1.0, lanes) / (f32(1.0, lanes) + exact(z * f32(numerics.ERF_P, lanes), lanes))
+    p = f32(numerics.ERF_COEFFICIENTS[0], lanes)
+    for c in numerics.ERF_COEFFICIENTS[1:]:
+        p = exact(p * t, lanes) + f32(c, lanes)
+    decay = exact(_exp(zero - exact(z * z, lanes), lanes), lanes)
+    tail = exact(exact(exact(p, lanes) * t, lanes) * decay, lanes)
+    half = exact(g * f32(0.5, lanes), lanes)
+    return half * T.Select(g > zero, f32(2.0, lanes) - tail, tail)
+
+
+GATES: dict[str, Callable[[Expr, int], Expr]] = {
+    "relu2": _relu2,
+    "silu": _silu,
+    "gelu_tanh": _gelu_tanh,
+    "gelu_erf": _gelu_erf,
+}
+
+
+def glu(isa: Isa, name: str, activation: str) -> Any:
+    """``void name(both, hidden, M, F)``: ``hidden = act(both[:, :F]) * both[:, F:]``."""
+    gate = GATES[activation]
+
+    def body(both: Buffer, hidden: Buffer, M: Expr, F: Expr) -> None:
+        with T.serial(M) as m:
+
+            def each(k: Expr, lanes: int) -> None:
+                g = load(both, m * (2 * F) + k, lanes)
+                up = load(both, m * (2 * F) + F + k, lanes)
+                # A vector's arithmetic has no branches: NaN and Inf run through.
+                store(hidden, m * F + k, exact(gate(g, lanes), lanes) * up, lanes)
+
+            vectors_and_tail(F, each)
+
+    return kernel(
+        name,
+        [("both", "float32*"), ("hidden", "float32*"), ("M", "int32"), ("F", "int32")],
+        body,
+    )
