@@ -1,0 +1,1 @@
+"""Front ends: what a model arrives as, to the portable form."""
