@@ -1,0 +1,310 @@
+"""The plugin's kernels against the NumPy reference: integers exactly, floats bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from bitcompile.custom_ops import OPS
+from bitcompile.targets import resolve
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from single_node import NONE, accumulator_input, isa, model, plugin, session
+
+from bitcompile import numerics
+from bitcompile.packing import CPU_TILE, PackedTernary
+
+ISAS = ["avx512-vnni", "avx2", "portable"]
+SWEEP = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+
+
+def runnable(name: str) -> bool:
+    """Whether this machine runs a variant: a session with it can be made."""
+    try:
+        session(model("BitLinear", *linear(np.zeros((1, 1), np.int8), 1.0)), variant=name)
+    except onnxruntime.capi.onnxruntime_pybind11_state.Fail:
+        return False
+    except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument:
+        return False
+    return True
+
+
+def linear(weight: np.ndarray, scale: object) -> tuple[dict[str, object], dict[str, np.ndarray]]:
+    """Attributes and constants of a BitLinear without bias and residual."""
+    packed = PackedTernary.pack(weight, scale, CPU_TILE)
+    attributes = {"K": weight.shape[1], "N": weight.shape[0], "layout": CPU_TILE.id}
+    return attributes, {"w": packed.data, "w_scale": packed.scale, "bias": NONE, "residual": NONE}
+
+
+@pytest.fixture(scope="module", params=ISAS)
+def variant(request: pytest.FixtureRequest) -> str:
+    if not runnable(request.param):
+        pytest.skip(f"this CPU has no {request.param}")
+    return request.param
+
+
+def test_the_portable_variant_runs_everywhere() -> None:
+    assert runnable("portable")
+
+
+shapes = st.tuples(
+    st.one_of(st.integers(1, 70), st.sampled_from([97, 127, 128, 129, 255, 640])),
+    st.one_of(st.integers(1, 70), st.sampled_from([97, 255, 257, 511, 512, 513, 1021])),
+    st.integers(1, 40),
+)
+
+
+@SWEEP
+@given(shape=shapes, threads=st.integers(1, 4), seed=st.integers(0, 2**31))
+def test_accumulators_equal_the_integer_reference(
+    variant: str, shape: tuple[int, int, int], threads: int, seed: int
+) -> None:
+    N, K, M = shape
+    rng = np.random.default_rng(seed)
+    weight = rng.integers(-1, 2, (N, K)).astype(np.int8)
+    x, s = accumulator_input(rng, M, K)
+    y = session(model("BitLinear", *linear(weight, s)), variant=variant, threads=threads).run(
+        None, {"x": x}
+    )[0]
+    q, _ = numerics.quantize_activations(x)
+    np.testing.assert_array_equal(y, q.astype(np.int64) @ weight.T.astype(np.int64))
+
+
+@pytest.mark.parametrize("M", [1, 5, 9])
+def test_extreme_accumulators_do_not_overflow(variant: str, M: int) -> None:
+    """All weights and activations at their limit, over more columns than int16 sums could take."""
+    N, K = 16, 20000
+    weight = np.ones((N, K), np.int8)
+    weight[1::2] = -1
+    x = np.full((M, K), 3.0, np.float32)
+    x[:, 1::2] = [[-3.0]] if M == 5 else [[3.0]]
+    _, s = numerics.quantize_activations(x)
+    y = session(model("BitLinear", *linear(weight, s[0, 0])), variant=variant).run(None, {"x": x})[
+        0
+    ]
+    expected = 0 if M == 5 else 127 * K
+    np.testing.assert_array_equal(y, np.tile([expected, -expected], (M, N // 2)))
+
+
+@SWEEP
+@given(shape=shapes, threads=st.integers(1, 4), seed=st.integers(0, 2**31), extras=st.booleans())
+def test_norm_bit_linear_is_bit_identical(
+    variant: str, shape: tuple[int, int, int], threads: int, seed: int, extras: bool
+) -> None:
+    N, K, M = shape
+    rng = np.random.default_rng(seed)
+    attributes, constants = linear(
+        rng.integers(-1, 2, (N, K)).astype(np.int8), rng.random(N).astype(np.float32)
+    )
+    attributes["eps"] = 1e-5
+    constants["gamma"] = rng.standard_normal(K).astype(np.float32)
+    if extras:
+        constants["bias"] = rng.standard_normal(N).astype(np.float32)
+        constants["residual"] = rng.standard_normal((M, N)).astype(np.float32)
+    x = (rng.standard_normal((M, K)) * 5).astype(np.float32)
+    made = model("NormBitLinear", attributes, constants)
+    y = session(made, variant=variant, threads=threads).run(None, {"x": x})[0]
+    reference = OPS["NormBitLinear"].reference({**constants, "x": x}, attributes)
+    np.testing.assert_array_equal(y, reference)
+
+
+@settings(SWEEP, max_examples=40)
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 90), st.integers(1, 20)),
+    activation=st.sampled_from(sorted(numerics.ACTIVATIONS)),
+    sub_norm=st.integers(0, 1),
+    threads=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_bit_glu_is_bit_identical(
+    variant: str, shape: tuple[int, int, int], activation: str, sub_norm: int, threads: int,
+    seed: int,
+) -> None:  # fmt: skip
+    K, F, M = shape
+    rng = np.random.default_rng(seed)
+    attributes, constants = glu(rng, K, F, activation, sub_norm)
+    x = rng.standard_normal((M, K)).astype(np.float32)
+    inputs = {"x": x, "residual": x}
+    y = session(model("BitGLU", attributes, constants), variant=variant, threads=threads).run(
+        None, inputs
+    )[0]
+    reference = OPS["BitGLU"].reference({**constants, **inputs}, attributes)
+    np.testing.assert_array_equal(y, reference)
+
+
+def glu(
+    rng: np.random.Generator, K: int, F: int, activation: str, sub_norm: int
+) -> tuple[dict[str, object], dict[str, np.ndarray]]:
+    gate_up = PackedTernary.pack(rng.integers(-1, 2, (2 * F, K)).astype(np.int8), 0.1, CPU_TILE)
+    down = PackedTernary.pack(rng.integers(-1, 2, (K, F)).astype(np.int8), 0.2, CPU_TILE)
+    attributes = {"K": K, "F": F, "F2": 2 * F, "N": K, "layout": CPU_TILE.id, "eps": 1e-5}
+    attributes |= {"activation": activation, "sub_norm": sub_norm}
+    constants = {
+        "gamma_in": rng.random(K).astype(np.float32),
+        "w_gate_up": gate_up.data,
+        "s_gate_up": gate_up.scale,
+        "gamma_sub": rng.random(F).astype(np.float32) if sub_norm else NONE,
+        "w_down": down.data,
+        "s_down": down.scale,
+    }
+    return attributes, constants
+
+
+def test_bit_glu_over_more_rows_than_one_pass() -> None:
+    rng = np.random.default_rng(5)
+    attributes, constants = glu(rng, 8, 24, "relu2", 1)
+    x = rng.standard_normal((2, 600, 8)).astype(np.float32)
+    inputs = {"x": x, "residual": x}
+    y = session(model("BitGLU", attributes, constants), threads=2).run(None, inputs)[0]
+    reference = OPS["BitGLU"].reference({**constants, **inputs}, attributes)
+    np.testing.assert_array_equal(y, reference)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("V", "K", "M"), [(1, 1, 1), (37, 128, 1), (50, 300, 3), (700, 512, 2)])
+def test_head_is_bit_identical(variant: str, bits: int, V: int, K: int, M: int) -> None:
+    rng = np.random.default_rng(V)
+    codes, scale = numerics.quantize_table(rng.standard_normal((V, K)).astype("f4"), bits, 128)
+    made = model("HeadLinear", {"K": K, "N": V, "bits": bits}, {"table": codes, "scale": scale})
+    x = rng.standard_normal((M, K)).astype(np.float32)
+    y = session(made, variant=variant, threads=2).run(None, {"x": x})[0]
+    np.testing.assert_array_equal(y, numerics.head_matmul(x, codes, scale, bits))
+
+
+def test_rows_with_nan_or_inf_poison_only_themselves(variant: str) -> None:
+    rng = np.random.default_rng(7)
+    attributes, constants = linear(rng.integers(-1, 2, (33, 50)).astype(np.int8), 0.5)
+    x = rng.standard_normal((12, 50)).astype(np.float32)
+    clean = session(model("BitLinear", attributes, constants), variant=variant)
+    expected = clean.run(None, {"x": x})[0]
+    for row, column, value in ((1, 0, np.nan), (4, 49, np.inf), (9, 17, -np.inf)):
+        x[row, column] = value
+        expected[row] = np.nan
+    np.testing.assert_array_equal(clean.run(None, {"x": x})[0], expected)
+    normed = model(
+        "NormBitLinear", {**attributes, "eps": 1e-5}, {**constants, "gamma": np.ones(50, "f4")}
+    )
+    y = session(normed, variant=variant).run(None, {"x": x})[0]
+    assert np.isnan(y).all(axis=1).tolist() == np.isnan(expected).all(axis=1).tolist()
+    assert np.isnan(y).any(axis=1).tolist() == np.isnan(expected).all(axis=1).tolist()
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (6,), (1, 1, 1, 1, 6)])
+def test_any_rank_and_empty_batches(shape: tuple[int, ...]) -> None:
+    attributes, constants = linear(np.ones((4, 6), np.int8), 1.0)
+    x = np.ones(shape, np.float32)
+    y = session(model("BitLinear", attributes, constants)).run(None, {"x": x})[0]
+    assert y.shape == (*shape[:-1], 4)
+    np.testing.assert_allclose(y, 6.0, rtol=1e-6)
+
+
+def test_weights_may_be_computed_by_the_graph() -> None:
+    rng = np.random.default_rng(8)
+    weight = rng.integers(-1, 2, (20, 30)).astype(np.int8)
+    attributes, constants = linear(weight, 0.5)
+    x = rng.standard_normal((3, 30)).astype(np.float32)
+    fixed = session(model("BitLinear", attributes, constants)).run(None, {"x": x})[0]
+    fed = {name: constants.pop(name) for name in ("w", "w_scale")}
+    y = session(model("BitLinear", attributes, constants)).run(None, {"x": x, **fed})[0]
+    np.testing.assert_array_equal(y, fixed)
+
+
+def error_of(made: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> str:
+    with pytest.raises(Exception, match=r"bitcompile|Unexpected input") as caught:
+        session(made).run(None, inputs)
+    return str(caught.value)
+
+
+def test_bad_inputs_name_the_remedy() -> None:
+    x = np.ones((2, 6), np.float32)
+    attributes, constants = linear(np.ones((4, 6), np.int8), 1.0)
+
+    def change(**changes: object) -> str:
+        names = {"x": changes.pop("x", x)}
+        changed = {**constants, **{k: v for k, v in changes.items() if k in constants}}
+        others = {k: v for k, v in changes.items() if k not in constants}
+        return error_of(model("BitLinear", {**attributes, **others}, changed), names)
+
+    assert "last dimension of x is 5; the weights have K = 6" in change(x=np.ones((2, 5), "f4"))
+    assert "expected [1, 1, 64]" in change(w=np.zeros((2, 1, 64), np.uint8))
+    assert "w_scale has shape [4], expected [4, 1]" in change(w_scale=np.ones(4, np.float32))
+    assert "bias has shape [3], expected [4]" in change(bias=np.zeros(3, np.float32))
+    assert "bias is a scalar other than 0" in change(bias=np.float32(1))
+    assert "residual has shape [4], expected [2, 4]" in change(residual=np.zeros(4, np.float32))
+    assert "build the artifact for this target" in change(layout="i2")
+    assert "act_bits = 8" in change(act_bits=4)
+    assert "K must be 1.." in change(K=1 << 30)
+    assert "Unexpected input data type" in change(x=np.ones((2, 6), np.float64))
+
+
+def test_glu_and_head_refuse_what_they_cannot_do() -> None:
+    rng = np.random.default_rng(0)
+    attributes, constants = glu(rng, 8, 8, "silu", 0)
+    x = np.ones((1, 8), np.float32)
+    wrong = model("BitGLU", {**attributes, "activation": "tanh"}, constants)
+    assert "activation 'tanh' is unknown" in error_of(wrong, {"x": x, "residual": x})
+    codes, scale = numerics.quantize_table(np.ones((2, 128), np.float32), 8, 128)
+    wrong = model("HeadLinear", {"K": 128, "N": 2, "bits": 3}, {"table": codes, "scale": scale})
+    assert "bits must be 8 or 4" in error_of(wrong, {"x": np.ones((1, 128), np.float32)})
+
+
+def test_unknown_isa_is_one_clear_error() -> None:
+    with isa("sse9"):
+        options = onnxruntime.SessionOptions()
+        with pytest.raises(Exception, match=r"BITCOMPILE_ISA=sse9 .* choose one of: .*portable"):
+            options.register_custom_ops_library(str(plugin()))
+
+
+def test_one_session_serves_many_threads() -> None:
+    rng = np.random.default_rng(9)
+    attributes, constants = glu(rng, 64, 96, "relu2", 1)
+    shared = session(model("BitGLU", attributes, constants), threads=2)
+    inputs = [rng.standard_normal((1 + i * 3, 64)).astype(np.float32) for i in range(8)]
+    expected = [shared.run(None, {"x": x, "residual": x})[0] for x in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(50):
+            y = shared.run(None, {"x": inputs[i], "residual": inputs[i]})[0]
+            if not np.array_equal(y, expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_output_shapes_are_inferred() -> None:
+    attributes, constants = linear(np.ones((4, 6), np.int8), 1.0)
+    made = model("BitLinear", attributes, constants)
+    made.graph.input[0].CopyFrom(
+        onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", "seq", 6])
+    )
+    assert session(made).get_outputs()[0].shape == ["batch", "seq", 4]
+
+
+def test_the_library_exports_its_entry_point_only() -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("nm (binutils) is not installed")
+    listing = subprocess.run(
+        ["nm", "-D", "--defined-only", str(plugin())], capture_output=True, text=True, check=True
+    )
+    assert [line.split()[-1] for line in listing.stdout.splitlines()] == ["RegisterCustomOps"]
+
+
+def test_the_kernel_table_names_every_variant() -> None:
+    library, kernels = resolve("x86").compile()
+    assert Path(library).name == "libbitcompile_ops.so"
+    assert {k.isa for k in kernels} == set(ISAS)
+    assert len({k.symbol for k in kernels}) == len(kernels)
