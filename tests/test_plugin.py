@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -11,14 +10,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from bitcompile.custom_ops import OPS
-from bitcompile.targets import resolve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from single_node import NONE, accumulator_input, isa, model, plugin, session
+from tools import program
 
 from bitcompile import numerics
+from bitcompile.custom_ops import OPS
 from bitcompile.packing import CPU_TILE, PackedTernary
+from bitcompile.targets import resolve
 
 ISAS = ["avx512-vnni", "avx2", "portable"]
 SWEEP = settings(
@@ -295,10 +295,9 @@ def test_output_shapes_are_inferred() -> None:
 
 
 def test_the_library_exports_its_entry_point_only() -> None:
-    if shutil.which("nm") is None:
-        pytest.skip("nm (binutils) is not installed")
+    nm = program("nm")
     listing = subprocess.run(
-        ["nm", "-D", "--defined-only", str(plugin())], capture_output=True, text=True, check=True
+        [nm, "-D", "--defined-only", str(plugin())], capture_output=True, text=True, check=True
     )
     assert [line.split()[-1] for line in listing.stdout.splitlines()] == ["RegisterCustomOps"]
 

@@ -470,7 +470,8 @@ static BcStatus *compute_head_linear(const Kernel *k, BcContext *context) {
 }
 
 /* Roof(data) -> bytes [tasks, 64]: what `bitcompile bench` compares with. kind 0 reads all of data
- * once; kind 1 runs `steps` rounds of dot products a task. Not part of the model operators. */
+ * once; kind 1 runs `steps` rounds of dot products a task; kind 2 tells the variant, the
+ * multiply-accumulates of a round and the tasks of kind 1. Not part of the model operators. */
 typedef struct RoofJob {
   const bc_variant *v;
   const uint8_t *data;
@@ -479,11 +480,12 @@ typedef struct RoofJob {
 } RoofJob;
 
 enum { ROOF_TASK = 1 << 20, ROOF_STEP = 256, DOT_TASKS = 64 };
+enum { ROOF_READ, ROOF_DOT, ROOF_ABOUT };
 
 static void roof_task(void *opaque, size_t i) {
   RoofJob *j = opaque;
   uint8_t *out = j->out + i * 64;
-  if (j->kind) {
+  if (j->kind == ROOF_DOT) {
     j->v->dot_roof(j->data, (int32_t *)out, (int32_t)j->steps);
     return;
   }
@@ -501,11 +503,16 @@ static BcStatus *compute_roof(const Kernel *k, BcContext *context) {
   if (job.bytes < ROOF_STEP)
     return fail(k->api, BC_INVALID_ARGUMENT, "bitcompile::Roof: data must hold at least %d bytes",
                 ROOF_STEP);
-  int64_t tasks = k->kind ? DOT_TASKS : ceil_div(job.bytes, ROOF_TASK), dim[] = {tasks, 64};
+  int64_t tasks = k->kind == ROOF_READ ? ceil_div(job.bytes, ROOF_TASK) : DOT_TASKS;
+  int64_t dim[] = {k->kind == ROOF_ABOUT ? 1 : tasks, 64};
   TRY(ort_KernelContext_GetOutput(k->api)(context, 0, dim, 2, &value));
   TRY(ort_GetTensorMutableData(k->api)(value, &data));
   job.out = data;
-  memset(data, 0, (size_t)(tasks * 64));
+  memset(data, 0, (size_t)(dim[0] * 64));
+  if (k->kind == ROOF_ABOUT) {
+    snprintf(data, 64, "%s %lld %d", k->variant->isa, (long long)k->variant->dot_roof_macs, DOT_TASKS);
+    return NULL;
+  }
   return parallel(k, context, roof_task, tasks, &job);
 }
 

@@ -1,0 +1,252 @@
+"""How fast an artifact is on this machine, against what the machine can do.
+
+Machines are noisy: every repeat measures the roofs (memory reads, integer dot products) beside the
+model, medians are reported, and the shares compare figures of one run.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitcompile import runtime
+from bitcompile.artifact import Artifact, Progress, silent
+from bitcompile.errors import InputError, ToolchainError, UsageError
+from bitcompile.opset import DOMAIN, IR_VERSION, ONNX_OPSET
+
+ROOF_BYTES = 768 << 20
+"""Read by the memory roof: far more than any cache."""
+DOT_STEPS = 200_000
+WARM_UP_TOKENS = 4
+NOISY = 0.2
+"""Spread of the read roof (max - min over median) above which figures are not to be trusted."""
+
+
+class Decoder:
+    """One sequence on a session, with KV buffers that are written in place.
+
+    ``capacity``: tokens the buffers hold. Raises InputError for an artifact that is no language
+    model.
+    """
+
+    def __init__(self, session: Any, language: Mapping[str, Any], capacity: int) -> None:
+        import onnxruntime
+
+        self._session = session
+        self._binding = session.io_binding()
+        self._length = 0
+        shape = (1, language["num_kv_heads"], capacity, language["head_size"])
+        for i in range(language["num_layers"]):
+            for part in ("key", "value"):
+                buffer = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+                self._binding.bind_ortvalue_input(f"past_key_values.{i}.{part}", buffer)
+                self._binding.bind_ortvalue_output(f"present.{i}.{part}", buffer)
+        self._binding.bind_output("logits", "cpu")
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self._length = 0
+
+    def feed(self, tokens: np.ndarray[Any, np.dtype[np.int64]]) -> int:
+        """Append tokens int64 ``[S]``; the most likely next token."""
+        self._length += len(tokens)
+        self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[None]))
+        self._binding.bind_cpu_input("attention_mask", np.ones((1, self._length), np.int64))
+        self._session.run_with_iobinding(self._binding)
+        logits = self._binding.get_outputs()[-1].numpy()
+        return int(logits[0, -1].argmax())
+
+
+def bench(
+    artifact: Artifact,
+    prefill: int = 512,
+    decode: int = 128,
+    threads: int | None = None,
+    repeat: int = 5,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure an artifact; the keys are those of ``bitcompile bench --json``.
+
+    ``prefill`` and ``decode``: tokens of a measurement; ``threads``: intra-op threads (None: every
+    CPU this process may use); ``repeat``: interleaved repeats. Rates are medians. Raises InputError
+    for an artifact without a language model, UsageError for sizes it cannot hold, ToolchainError
+    if the onnx package (for the roofs' models) is missing.
+    """
+    language = artifact.manifest["language"]
+    if language is None:
+        raise InputError("bench measures language models; this artifact has no decoder")
+    if min(prefill, decode, repeat) < 1:
+        raise UsageError("prefill, decode and repeat must be 1 or more")
+    if prefill + decode > language["context_length"]:
+        raise UsageError(
+            f"prefill + decode = {prefill + decode} tokens, but the artifact's context is "
+            f"{language['context_length']}: ask for fewer, or build with --context"
+        )
+    threads = threads or len(os.sched_getaffinity(0))
+    roofs = Roofs(artifact, threads)
+
+    progress("loading")
+    before = resident_bytes()
+    began = time.perf_counter()
+    session = runtime.load(artifact.path, threads=threads)
+    load_s = time.perf_counter() - began
+    decoder = Decoder(session, language, prefill + decode)
+    tokens = np.arange(prefill, dtype=np.int64) % language["vocab_size"]
+    for warm in (tokens, *[tokens[:1]] * WARM_UP_TOKENS):
+        decoder.reset()
+        decoder.feed(warm)
+    resident = resident_bytes() - before - kv_bytes(language, prefill + decode)
+
+    seconds: dict[str, list[float]] = {"read": [], "prefill": [], "decode": [], "dot": []}
+    for i in range(repeat):
+        progress(f"measuring, repeat {i + 1} of {repeat}")
+        seconds["read"].append(timed(roofs.read))
+        seconds["prefill"].append(_prefill(decoder, tokens))
+        seconds["decode"].append(_decode(decoder, decode))
+        seconds["dot"].append(timed(roofs.dot))
+    return _report(artifact, prefill, decode, threads, seconds, roofs, resident, load_s)
+
+
+def _prefill(decoder: Decoder, tokens: np.ndarray[Any, np.dtype[np.int64]]) -> float:
+    decoder.reset()
+    return timed(lambda: decoder.feed(tokens))
+
+
+def _decode(decoder: Decoder, count: int) -> float:
+    token = 0
+    began = time.perf_counter()
+    for _ in range(count):
+        token = decoder.feed(np.array([token]))
+    return time.perf_counter() - began
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """Seconds ``action`` takes."""
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def _report(
+    artifact: Artifact,
+    prefill: int,
+    decode: int,
+    threads: int,
+    seconds: Mapping[str, list[float]],
+    roofs: Roofs,
+    resident: int,
+    load_s: float,
+) -> dict[str, Any]:
+    language, inspection = artifact.manifest["language"], artifact.manifest["inspection"]
+    rates = {name: [1 / s for s in values] for name, values in seconds.items()}
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    read_roof = median["read"] * ROOF_BYTES
+    int_peak = median["dot"] * roofs.macs
+    context = prefill + decode / 2
+    touched = bytes_per_token(artifact) + kv_bytes(language, 1) * context
+    spread = (max(rates["read"]) - min(rates["read"])) / median["read"]
+    decode_rate, prefill_rate = median["decode"] * decode, median["prefill"] * prefill
+    return {
+        "threads": threads,
+        "isa": roofs.isa,
+        "prefill_tokens": prefill,
+        "decode_tokens": decode,
+        "prefill_tokens_per_s": prefill_rate,
+        "prefill_tokens_per_s_range": [min(rates["prefill"]) * prefill,
+                                       max(rates["prefill"]) * prefill],
+        "decode_tokens_per_s": decode_rate,
+        "decode_tokens_per_s_range": [min(rates["decode"]) * decode,
+                                      max(rates["decode"]) * decode],
+        "time_to_first_token_s": statistics.median(seconds["prefill"]),
+        "bytes_per_token": round(touched),
+        "read_roof_bytes_per_s": read_roof,
+        "decode_roof_share": decode_rate * touched / read_roof,
+        "int_peak_macs_per_s": int_peak,
+        "prefill_peak_share": prefill_rate * inspection["parameters"]["ternary"] / int_peak,
+        "load_s": load_s,
+        "resident_bytes": resident,
+        "artifact_bytes": sum(entry["bytes"] for entry in artifact.manifest["files"].values()),
+        "read_roof_spread": spread,
+        "trustworthy": spread <= NOISY,
+    }  # fmt: skip
+
+
+def bytes_per_token(artifact: Artifact) -> int:
+    """Bytes of weights one decoded token must read: every ternary weight and the head once.
+
+    The embedding is one row of the head's table; norms and rotary tables are left out (below 1 %).
+    """
+    language, head = artifact.manifest["language"], artifact.manifest["options"]["head"]
+    from bitcompile.custom_ops.head_linear import BLOCK
+
+    V, K = language["vocab_size"], language["hidden_size"]
+    blocks = -(-K // BLOCK)
+    per_row = {"q8": blocks * (BLOCK + 4), "q4": blocks * (BLOCK // 2 + 4), "float": K * 4}
+    return int(artifact.manifest["inspection"]["bytes"]["ternary"]) + V * int(per_row[head])
+
+
+def kv_bytes(language: Mapping[str, Any], tokens: int) -> int:
+    """Bytes of the float32 KV cache of ``tokens`` tokens."""
+    per_layer = 2 * language["num_kv_heads"] * language["head_size"] * 4
+    return int(language["num_layers"] * per_layer * tokens)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process (Linux: field 2 of /proc/self/statm, in pages)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    except OSError:
+        raise ToolchainError("bench reads /proc/self/statm and so runs on Linux only") from None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class Roofs:
+    """The machine's roofs, measured by the artifact's own plugin on onnxruntime's threads."""
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        self._read = _roof_session(artifact, threads, kind=0, steps=1)
+        self._dot = _roof_session(artifact, threads, kind=1, steps=DOT_STEPS)
+        self._seed = np.full(256, 0x55, np.uint8)
+        about = _roof_session(artifact, threads, kind=2, steps=1).run(None, {"data": self._seed})
+        text = about[0].tobytes().rstrip(b"\0").decode("ascii")
+        self.isa, macs_per_step, tasks = text.split()[0], *map(int, text.split()[1:])
+        """Kernel variant the plugin chose."""
+        self.macs = macs_per_step * tasks * DOT_STEPS
+        """Multiply-accumulates of one :meth:`dot`."""
+        self._data = np.zeros(ROOF_BYTES, np.uint8)
+        self._data[::4096] = 1  # touch every page, or all would read one zero page
+        self.read()
+        self.dot()
+
+    def read(self) -> None:
+        """Read ``ROOF_BYTES`` once."""
+        self._read.run(None, {"data": self._data})
+
+    def dot(self) -> None:
+        """Run ``macs`` multiply-accumulates from registers."""
+        self._dot.run(None, {"data": self._seed})
+
+
+def _roof_session(artifact: Artifact, threads: int, kind: int, steps: int) -> Any:
+    import onnxruntime
+
+    try:
+        from onnx import TensorProto, helper
+    except ImportError:
+        raise ToolchainError(
+            'bench needs the onnx package: pip install "bitcompile[build]", or pip install onnx'
+        ) from None
+    node = helper.make_node("Roof", ["data"], ["out"], domain=DOMAIN, kind=kind, steps=steps)
+    data = helper.make_tensor_value_info("data", TensorProto.UINT8, [None])
+    out = helper.make_tensor_value_info("out", TensorProto.UINT8, [None, 64])
+    opsets = [helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, 1)]
+    graph = helper.make_graph([node], "roof", [data], [out])
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+    options = runtime.session_options(artifact.path, threads=threads)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options)

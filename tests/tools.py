@@ -1,0 +1,35 @@
+"""Programs a test may need beyond Python packages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+STRICT = "BITCOMPILE_REQUIRE_TOOLS"
+"""Set where every tool is expected: a missing one is then a failure, not a skip."""
+
+
+def require(what: str, present: bool) -> None:
+    """Skip the running test for want of ``what``, or fail it where all tools are expected."""
+    if present:
+        return
+    if os.environ.get(STRICT):
+        pytest.fail(f"{what} is missing, and {STRICT} is set")
+    pytest.skip(f"{what} is missing")
+
+
+def program(name: str) -> str:
+    """Path of a program."""
+    path = shutil.which(name)
+    require(name, path is not None)
+    return str(path)
+
+
+def onnxruntime_headers() -> Path:
+    """Folder with the real ONNX Runtime C headers."""
+    folder = Path(os.environ.get("BITCOMPILE_ORT_HEADERS", "/usr/include/onnxruntime"))
+    require("onnxruntime_c_api.h (see .ci/ort-headers)", (folder / "onnxruntime_c_api.h").exists())
+    return folder
