@@ -181,25 +181,63 @@ def quantize_weight_absmean(weight: F32) -> tuple[I8, np.float32]:
 
 
 def quantize_table(table: F32, bits: int, block: int) -> tuple[npt.NDArray[np.uint8], F32]:
-    """Symmetric blockwise quantisation of an embedding or head table ``[V, K]``.
+    """Blockwise quantisation of an embedding or head table ``[V, K]``.
 
     Returns ``codes`` uint8 ``[V, B, block * bits / 8]`` with ``B = ceil(K / block)`` and ``scale``
-    float32 ``[V, B]``; value = (code - 2**(bits - 1)) * scale. 4-bit codes lie two a byte, low
-    nibble first: the form ``com.microsoft::GatherBlockQuantized`` reads.
+    float32 ``[V, B, 1]``; value = (code - 2**(bits - 1)) * scale. 4-bit codes lie two a byte, low
+    nibble first: the form ``com.microsoft::GatherBlockQuantized`` reads. 8-bit scales map the
+    largest magnitude to 127; 4-bit ones, where a step is coarse, minimise the squared error.
     """
     V, K = table.shape
     blocks = -(-K // block)
-    limit = _f(2 ** (bits - 1) - 1)
     padded = np.zeros((V, blocks * block), np.float32)
     padded[:, :K] = table
     values = padded.reshape(V, blocks, block)
-    scale = np.abs(values).max(axis=-1) / limit
-    inverse = np.where(scale > 0, _f(1) / np.where(scale > 0, scale, _f(1)), _f(0))
-    codes = np.clip(np.rint(values * inverse[..., None]), -limit, limit) + _f(2 ** (bits - 1))
-    codes = codes.astype(np.uint8)
+    if bits == 8:
+        scale = np.abs(values).max(axis=-1) / _f(127)
+        codes = _rounded(values, scale, 127)
+    else:
+        codes, scale = _least_squares(values, bits)
+    codes = (codes + _f(2 ** (bits - 1))).astype(np.uint8)
     if bits == 4:
         codes = codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
-    return codes, scale.astype(np.float32)
+    return codes, scale[..., None].astype(np.float32)
+
+
+def _rounded(values: F32, scale: F32, limit: int, lowest: int | None = None) -> F32:
+    """``values / scale`` as integers (in float32) from ``lowest`` (default ``-limit``) to limit."""
+    safe = np.where(scale == 0, _f(1), scale)
+    whole = np.rint(values / safe[..., None])
+    clipped: F32 = np.clip(whole, -limit if lowest is None else lowest, limit)
+    return clipped
+
+
+CLIPS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64)
+"""Shares of a block's extreme value that the search maps to the end of the integer range."""
+
+
+def _least_squares(values: F32, bits: int) -> tuple[F32, F32]:
+    """Integers and scale of each block ``[..., block]`` with the least squared error found.
+
+    The value of largest magnitude goes to the negative end of the range (which has one integer
+    more), clipped by each of ``CLIPS``; the scale is then refitted, ``sum(x q) / sum(q q)``.
+    """
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    at = np.abs(values).argmax(axis=-1)[..., None]
+    extreme = np.take_along_axis(values, at, axis=-1)[..., 0]
+    best_q = np.zeros_like(values)
+    best_scale = np.zeros_like(extreme)
+    best_gain = np.zeros_like(extreme)
+    for clip in CLIPS:
+        q = _rounded(values, extreme * _f(clip / low), high, low)
+        product = np.einsum("...k,...k->...", values, q)
+        square = np.maximum(np.einsum("...k,...k->...", q, q), _f(1))
+        gain = product * product / square  # error = sum(x x) - gain
+        better = gain > best_gain
+        best_q = np.where(better[..., None], q, best_q)
+        best_scale = np.where(better, product / square, best_scale)
+        best_gain = np.where(better, gain, best_gain)
+    return best_q, best_scale
 
 
 def table_codes(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]:
@@ -251,7 +289,7 @@ def head_matmul(x: F32, codes: npt.NDArray[np.uint8], scale: F32, bits: int) -> 
             values[:, b].astype(np.float64).reshape(lanes),
             optimize=True,
         )
-        f = f + scale[None, :, b, None] * product.astype(np.float32)
+        f = f + scale[None, :, b] * product.astype(np.float32)
     h = HEAD_LANES
     while h > 1:
         h //= 2

@@ -56,12 +56,10 @@ def _body(attributes: Mapping[str, Attribute]) -> str:
     text = (
         bodies.quantize(float(numerics.HEAD_LIMIT))
         + _codes(int(attributes["bits"]))
-        + bodies.constant("h_axis", [-1])
         + bodies.constant("h_rows", [0, -1])
         + bodies.constant("h_start", [0])
         + bodies.constant("h_cols", [1])
-        + "  h_scale = Unsqueeze (scale, h_axis)\n"
-        "  h_values = Mul (h_codes, h_scale)\n"
+        + "  h_values = Mul (h_codes, scale)\n"
         "  h_table = Reshape (h_values, h_rows)\n"
         "  h_k = Constant <value_int: int = @K> ()\n"
         "  h_k1 = Unsqueeze (h_k, h_start)\n"
@@ -80,7 +78,7 @@ HEAD_LINEAR = OpDef(
     inputs=(
         Input("x", "float", "hidden states [..., K]"),
         Input("table", "uint8", "codes [N, B, block * bits / 8], B = ceil(K / block)"),
-        Input("scale", "float", "scale of each block [N, B]"),
+        Input("scale", "float", "scale of each block [N, B, 1], the shape the embedding takes too"),
     ),
     attributes={"K": None, "N": None, "bits": None, "block": BLOCK},
     reference=_reference,

@@ -14,8 +14,9 @@ CSRC = Path(bitcompile.custom_ops.csrc.__path__[0])
 def compile_check(text: str, folder: Path, headers: Path) -> subprocess.CompletedProcess[str]:
     (folder / "ort_abi.h").write_text(text)
     (folder / "abi_check.cc").write_text((CSRC / "abi_check.cc").read_text())
-    command = [sys.executable, "-m", "ziglang", "c++", "-std=c++17", "-fsyntax-only", "-w"]
-    command += [f"-I{folder}", f"-I{headers}", str(folder / "abi_check.cc")]
+    command = [sys.executable, "-m", "ziglang", "c++", "-std=c++17", "-w"]
+    command += [f"-I{folder}", f"-I{headers}", "-c", str(folder / "abi_check.cc")]
+    command += ["-o", str(folder / "abi_check.o")]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -445,10 +445,10 @@ static BcStatus *compute_head_linear(const Kernel *k, BcContext *context) {
   Tensor in[MAX_INPUTS], y;
   Scratch scratch;
   int64_t M, B = ceil_div(k->K, k->block), block_bytes = k->block * k->bits / 8;
-  const int64_t table_shape[] = {k->N, B, block_bytes}, scale_shape[] = {k->N, B};
+  const int64_t table_shape[] = {k->N, B, block_bytes}, scale_shape[] = {k->N, B, 1};
   TRY(read_inputs(k, context, in));
   TRY(expect(k, "table", &in[1], 3, table_shape));
-  TRY(expect(k, "scale", &in[2], 2, scale_shape));
+  TRY(expect(k, "scale", &in[2], 3, scale_shape));
   TRY(open_rows(k, context, &in[0], k->K, k->N, &y, &M));
   if (M == 0) return NULL;
   HeadJob job = {.v = k->variant, .x = in[0].data, .table = in[1].data, .scale = in[2].data,
