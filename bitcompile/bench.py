@@ -24,6 +24,10 @@ ROOF_BYTES = 768 << 20
 """Read by the memory roof: far more than any cache."""
 DOT_STEPS = 200_000
 WARM_UP_TOKENS = 4
+WARM_PREFILL = 16
+"""Longest prefill that is run once more before it is timed; longer ones warm up by themselves."""
+SETTLE_S = 0.05
+"""Longer than the threads of another session spin after its run: they would share our cores."""
 NOISY = 0.2
 """Spread of the read roof (max - min over median) above which figures are not to be trusted."""
 
@@ -106,16 +110,19 @@ def bench(
     seconds: dict[str, list[float]] = {"read": [], "prefill": [], "decode": [], "dot": []}
     for i in range(repeat):
         progress(f"measuring, repeat {i + 1} of {repeat}")
-        seconds["read"].append(timed(roofs.read))
+        seconds["read"].append(settled(roofs.read))
         seconds["prefill"].append(_prefill(decoder, tokens))
         seconds["decode"].append(_decode(decoder, decode))
-        seconds["dot"].append(timed(roofs.dot))
+        seconds["dot"].append(settled(roofs.dot))
     return _report(artifact, prefill, decode, threads, seconds, roofs, resident, load_s)
 
 
 def _prefill(decoder: Decoder, tokens: np.ndarray[Any, np.dtype[np.int64]]) -> float:
-    decoder.reset()
-    return timed(lambda: decoder.feed(tokens))
+    def run() -> None:
+        decoder.reset()
+        decoder.feed(tokens)
+
+    return settled(run) if len(tokens) <= WARM_PREFILL else timed(run)
 
 
 def _decode(decoder: Decoder, count: int) -> float:
@@ -131,6 +138,13 @@ def timed(action: Callable[[], Any]) -> float:
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
+
+
+def settled(action: Callable[[], Any]) -> float:
+    """Seconds of ``action`` on threads that are awake, while no others spin."""
+    time.sleep(SETTLE_S)
+    action()
+    return timed(action)
 
 
 def _report(

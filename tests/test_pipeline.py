@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 import bitcompile
 from bitcompile import verification
-from bitcompile.errors import InputError, UsageError, VerificationError
+from bitcompile.errors import InputError, ToolchainError, UsageError, VerificationError
 from bitcompile.frontends import huggingface
 from bitcompile.model import Imported
 from bitcompile.pipeline import BuildOptions, build
@@ -85,6 +86,15 @@ def test_an_existing_output_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError, match="exists"):
         build("not even a model", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("package", ["onnx_ir", "torch", "tvm", "ziglang"])
+def test_a_missing_build_package_is_named(
+    tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ToolchainError, match=r'pip install "bitcompile\[build\]"'):
+        build("toy", out=tmp_path / "out")
 
 
 def test_a_bad_model_leaves_nothing(tmp_path: Path) -> None:

@@ -116,8 +116,19 @@ def test_the_reference_in_blocks_is_the_reference(
     assert verify(artifact, plugin=False).nodes == whole.nodes
 
 
+def test_an_artifact_of_another_definition_is_refused(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def misfit(*_: object) -> None:
+        raise ValueError("shapes (1,2) (3,4)")
+
+    monkeypatch.setattr(verification, "_reference", misfit)
+    with pytest.raises(VerificationError, match=r"layer\.0\.qkv.*build the artifact again"):
+        verify(artifact, plugin=False)
+
+
 def test_another_weight_is_found(copy: Artifact) -> None:
-    """A changed file is refused; the same file with honest hashes is another good artifact."""
+    """A changed file is refused by its hash."""
     with (copy.path / "model.onnx.data").open("r+b") as file:
         file.write(b"\x55")
     with pytest.raises(InputError, match="corrupted"):

@@ -1,0 +1,108 @@
+"""Load an artifact into plain onnxruntime."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from bitcompile.artifact import Artifact
+from bitcompile.errors import InputError, ToolchainError, UsageError
+
+_MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+_SYSTEMS = {"linux": "linux", "darwin": "macos", "win32": "windows", "android": "android"}
+
+
+def load(path: str | Path, *, plugin: bool = True, threads: int | None = None) -> Any:
+    """An ``onnxruntime.InferenceSession`` of the artifact at ``path``.
+
+    ``plugin=False`` runs the fallback functions in the model instead of the kernels; ``threads``
+    is the size of the session's thread pool (None: onnxruntime's choice). Raises InputError for a
+    damaged artifact, ToolchainError if this machine or its onnxruntime cannot run it.
+    """
+    import onnxruntime
+
+    artifact = Artifact.open(path)
+    artifact.check_sizes()
+    options = session_options(artifact.path, plugin=plugin, threads=threads)
+    try:
+        return onnxruntime.InferenceSession(
+            str(artifact.model), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        raise InputError(f"onnxruntime cannot load {artifact.model}: {one_line(error)}") from error
+
+
+def session_options(path: str | Path, *, plugin: bool = True, threads: int | None = None) -> Any:
+    """``onnxruntime.SessionOptions`` with the plugin of the artifact at ``path`` registered.
+
+    Raises as :func:`load`.
+    """
+    import onnxruntime
+
+    artifact = Artifact.open(path)
+    require_onnxruntime(str(artifact.manifest["min_onnxruntime"]))
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"threads must be 1 or more, not {threads}")
+        options.intra_op_num_threads = threads
+    if plugin:
+        require_host(artifact)
+        register(options, artifact.library)
+    return options
+
+
+def register(options: Any, library: Path) -> None:
+    """Register a plugin; raises ToolchainError with onnxruntime's reason if it does not load."""
+    try:
+        options.register_custom_ops_library(str(library.absolute()))
+    except Exception as error:  # see load
+        raise ToolchainError(f"cannot load the plugin {library}: {one_line(error)}") from error
+
+
+def require_onnxruntime(minimum: str) -> None:
+    """Raises ToolchainError if the installed onnxruntime is older than ``minimum``."""
+    import onnxruntime
+
+    if _release(onnxruntime.__version__) < _release(minimum):
+        raise ToolchainError(
+            f"onnxruntime {onnxruntime.__version__} is too old for this artifact: "
+            f'pip install "onnxruntime>={minimum}"'
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    digits = (part for part in version.split("+")[0].split("."))
+    return tuple(int(part) for part in digits if part.isdigit())
+
+
+def require_host(artifact: Artifact) -> None:
+    """Raises ToolchainError if the plugin was built for another kind of machine."""
+    host = str(artifact.manifest["target"]["host"])
+    reason = host_mismatch(host)
+    if reason is not None:
+        raise ToolchainError(
+            f"the plugin in {artifact.path} is for {host}, {reason}: build with --target native, "
+            "or load with plugin=False"
+        )
+
+
+def host_mismatch(host: str) -> str | None:
+    """None if a plugin for the triple ``host`` can be loaded here, else why not."""
+    machine, _, rest = host.partition("-")
+    here = platform.machine().lower()
+    here = _MACHINES.get(here, here)
+    if machine != here:
+        return f"this machine is {here}"
+    system = _SYSTEMS.get(sys.platform, sys.platform)
+    wanted = "android" if "android" in rest else rest.split("-")[0].split(".")[0]
+    if wanted != system:
+        return f"this system is {system}"
+    return None
+
+
+def one_line(error: BaseException) -> str:
+    """The message of ``error`` without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,431 @@
+"""Does an artifact compute what its model means?
+
+Every operator of domain ``bitcompile`` in the artifact is run alone, on the artifact's own mapped
+weights, and compared with its NumPy reference; then the whole model is run with the plugin and
+through its fallback functions.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bitcompile import runtime
+from bitcompile.artifact import Artifact, Progress, silent
+from bitcompile.custom_ops import OPS
+from bitcompile.errors import InputError, ToolchainError, VerificationError
+from bitcompile.numerics import F32
+from bitcompile.opset import DOMAIN, Attribute, OpDef
+from bitcompile.packing import layout
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+ROWS = 9
+"""Rows of a batch: more than the largest decode batch (8), so that both schedules are run."""
+CHUNK = 4096
+"""Weight rows the reference unpacks at a time (float64 rows would fill the memory else)."""
+FALLBACK_LIMIT = 2_000_000_000
+"""Bytes above which the whole model is not run through its fallback functions."""
+COSINE = 0.9999
+"""Least cosine between the logits of the plugin and of the fallback functions."""
+TOLERANCE = 1e-2
+"""Allowed difference, in units of a row's RMS, where bits may differ.
+
+Behind silu and gelu a quantised value may be one step off: each such step changes an output by
+one weight scale, under 1 % of the RMS of any row that sums 64 or more products.
+"""
+FALLBACK_TOLERANCE = 1e-4
+"""The same where a fallback function only sums in another order."""
+TOKENS = 9
+"""Tokens of the whole-model comparison: a prompt of all but one, then one decode step."""
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """One operator compared with its reference."""
+
+    name: str
+    op: str
+    shape: tuple[int, int]
+    """``(N, K)``: output and input features."""
+    exact: bool
+    """Every output bit equals the reference's, so every int32 accumulator does."""
+    max_difference: float
+    """Largest difference, in units of its row's RMS."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a verification that found no fault."""
+
+    nodes: tuple[NodeReport, ...]
+    isa: str | None
+    """The kernel variant asked for through BITCOMPILE_ISA, None for the machine's best."""
+    cosine: float | None
+    """Plugin against fallback functions on the whole model, None if that was skipped."""
+    skipped: str | None
+    """Why it was skipped."""
+    seconds: float
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        exact = sum(node.exact for node in self.nodes)
+        whole = f"cosine {self.cosine:.7f}" if self.cosine is not None else f"{self.skipped}"
+        return f"{exact} of {len(self.nodes)} operators bit-exact; whole model: {whole}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report for JSON."""
+        return {**asdict(self), "summary": self.summary}
+
+
+def verify(
+    artifact: Artifact, progress: Progress = silent, *, isa: str | None = None, plugin: bool = True
+) -> Report:
+    """Compare every operator and the whole model; see the module.
+
+    ``isa`` picks a kernel variant. ``plugin=False`` puts the fallback functions in the plugin's
+    place, for an artifact whose plugin is for another machine. Raises VerificationError naming the
+    operator and its first wrong element, InputError or ToolchainError if the artifact is damaged
+    or cannot run here.
+    """
+    start = time.monotonic()
+    artifact.check_hashes(progress)
+    model = _open(artifact)
+    with _isa(isa):
+        runtime.session_options(artifact.path, plugin=plugin)  # fails early and clearly
+        nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type in OPS]
+        reports = []
+        for i, node in enumerate(nodes):
+            progress(f"verifying operator {i + 1}/{len(nodes)} {node.name or node.op_type}")
+            reports.append(_check_node(artifact, model, node, plugin))
+        skipped = None if plugin else "not compared, the plugin was not used"
+        skipped = skipped or _too_big(artifact)
+        cosine = None
+        if skipped is None:
+            progress("verifying the whole model")
+            cosine = _compare_whole(artifact)
+    return Report(tuple(reports), isa, cosine, skipped, round(time.monotonic() - start, 3))
+
+
+def _open(artifact: Artifact) -> ir.Model:
+    try:
+        import onnx_ir as ir
+    except ImportError:
+        raise ToolchainError(
+            'verifying needs the onnx packages: pip install "bitcompile[build]"'
+        ) from None
+    return ir.load(artifact.model)
+
+
+@contextmanager
+def _isa(isa: str | None) -> Iterator[None]:
+    """BITCOMPILE_ISA set to ``isa`` for a while: a plugin reads it when it is registered."""
+    before = os.environ.get("BITCOMPILE_ISA")
+    if isa is not None:
+        os.environ["BITCOMPILE_ISA"] = isa
+    try:
+        yield
+    finally:
+        if isa is not None:
+            os.environ.pop("BITCOMPILE_ISA")
+            if before is not None:
+                os.environ["BITCOMPILE_ISA"] = before
+
+
+# --- one operator -------------------------------------------------------------------------------
+
+
+def _check_node(artifact: Artifact, model: ir.Model, node: ir.Node, plugin: bool) -> NodeReport:
+    op = OPS[node.op_type]
+    attributes = op.complete({name: a.value for name, a in node.attributes.items()})
+    constants = {
+        i.name: value.const_value.numpy()
+        for i, value in zip(op.inputs, node.inputs, strict=True)
+        if value is not None and value.const_value is not None
+    }
+    feeds = {
+        i.name: _residual(attributes) if i.name == "residual" else _activations(attributes)
+        for i in op.inputs
+        if i.name not in constants
+    }
+    try:
+        expected = _reference(op, {**constants, **feeds}, attributes)
+    except (InputError, ValueError) as error:
+        raise VerificationError(
+            f"{_title(node)} does not fit this bitcompile's {op.name} "
+            f"({runtime.one_line(error)}): build the artifact again"
+        ) from error
+    session = _node_session(artifact, model, node, op, plugin)
+    measured = np.concatenate(
+        [_run(session, feeds, slice(ROWS)), _run(session, feeds, slice(ROWS, ROWS + 1))]
+    )
+    return _compare(node, attributes, measured, expected, plugin)
+
+
+def _activations(attributes: Mapping[str, Attribute]) -> F32:
+    """Float32 ``[ROWS + 1, K]``: random rows of several magnitudes, one of NaN, one of zeros.
+
+    The first ROWS are run as one batch, the last alone.
+    """
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((ROWS + 1, int(attributes["K"]))).astype(np.float32)
+    x *= np.float32(10.0) ** rng.integers(-3, 4, (ROWS + 1, 1)).astype(np.float32)
+    x[2] = np.nan
+    x[5] = 0
+    return x
+
+
+def _residual(attributes: Mapping[str, Attribute]) -> F32:
+    """Float32 ``[ROWS + 1, N]``: every third row zero.
+
+    In those rows equal bits mean equal int32 accumulators: neighbouring ones differ by more than
+    the rounding of their product with the scale.
+    """
+    rng = np.random.default_rng(1)
+    residual = rng.standard_normal((ROWS + 1, int(attributes["N"]))).astype(np.float32)
+    residual[::3] = 0
+    return residual
+
+
+def _reference(op: OpDef, inputs: Mapping[str, Any], attributes: Mapping[str, Attribute]) -> F32:
+    """The reference of a node; linear ones a block of weight rows at a time."""
+    rows = int(attributes["N"])
+    if op.name == "BitGLU" or rows <= CHUNK:
+        return np.asarray(op.reference(inputs, attributes), np.float32)
+    parts = []
+    for begin in range(0, rows, CHUNK):
+        end = min(begin + CHUNK, rows)
+        part = {name: _rows(name, value, attributes, begin, end) for name, value in inputs.items()}
+        parts.append(op.reference(part, {**attributes, "N": end - begin}))
+    return np.concatenate(parts, axis=-1)
+
+
+def _rows(name: str, value: Any, attributes: Mapping[str, Attribute], begin: int, end: int) -> Any:
+    """What output features ``begin`` to ``end`` (multiples of any tile) need of one input."""
+    if name in ("x", "gamma") or value.ndim == 0:
+        return value
+    if name == "w":
+        tile = layout(str(attributes["layout"])).tile_n
+        return value[begin // tile : -(-end // tile)]
+    if name == "residual":
+        return value[..., begin:end]
+    return value[begin:end]  # w_scale, bias, table, scale
+
+
+def _node_session(
+    artifact: Artifact, model: ir.Model, node: ir.Node, op: OpDef, plugin: bool
+) -> Any:
+    """A session of ``node`` alone that maps the artifact's data file."""
+    import onnxruntime
+
+    options = runtime.session_options(artifact.path, plugin=plugin)
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(artifact.path.absolute())
+    )
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    proto = _node_model(model, node, op, with_functions=not plugin)
+    try:
+        return onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        raise VerificationError(
+            f"{_title(node)} does not load: {runtime.one_line(error)}"
+        ) from error
+
+
+def _node_model(model: ir.Model, node: ir.Node, op: OpDef, with_functions: bool) -> bytes:
+    """A serialised model of ``node``: its constants as stored, its other inputs as inputs."""
+    import onnx_ir as ir
+
+    inputs, initializers, values = [], [], []
+    for declared, value in zip(op.inputs, node.inputs, strict=True):
+        assert value is not None  # the operators have a fixed arity
+        if value.const_value is None:
+            new = ir.val(declared.name, ir.DataType.FLOAT, ["rows", None])
+            inputs.append(new)
+        else:
+            new = ir.val(str(value.name), const_value=value.const_value)
+            initializers.append(new)
+        values.append(new)
+    output = ir.val("y", ir.DataType.FLOAT, ["rows", node.attributes["N"].as_int()])
+    alone = ir.Node(
+        node.domain, node.op_type, values, list(node.attributes.values()), outputs=[output]
+    )
+    unique = list({value.name: value for value in initializers}.values())
+    graph = ir.Graph(
+        inputs,
+        [output],
+        nodes=[alone],
+        initializers=unique,
+        opset_imports=dict(model.graph.opset_imports),
+        name="node",
+    )
+    functions = list(model.functions.values()) if with_functions else []
+    whole = ir.Model(graph, ir_version=model.ir_version, functions=functions)
+    return bytes(ir.to_proto(whole).SerializeToString())
+
+
+def _run(session: Any, feeds: Mapping[str, F32], rows: slice) -> F32:
+    return np.asarray(session.run(None, {k: v[rows] for k, v in feeds.items()})[0], np.float32)
+
+
+def _compare(
+    node: ir.Node,
+    attributes: Mapping[str, Attribute],
+    measured: F32,
+    expected: F32,
+    plugin: bool,
+) -> NodeReport:
+    """Raises VerificationError at the first element outside the operator's tolerance."""
+    if measured.shape != expected.shape:
+        raise VerificationError(
+            f"{_title(node)} gives shape {measured.shape} instead of {expected.shape}"
+        )
+    different = _different(measured, expected)
+    exact = not different.any()
+    difference = _row_difference(measured, expected)
+    if plugin:
+        limit = TOLERANCE if _approximate(attributes) else 0.0
+    else:
+        limit = TOLERANCE if node.op_type == "BitGLU" else FALLBACK_TOLERANCE
+    wrong = different & ~(difference <= limit)
+    if wrong.any():
+        row, column = (int(i) for i in np.argwhere(wrong)[0])
+        raise VerificationError(
+            f"{_title(node)} is wrong: element [{row}, {column}] is {measured[row, column]!r}, "
+            f"its reference {expected[row, column]!r}; {int(wrong.sum())} of {wrong.size} differ"
+        )
+    shape = (int(attributes["N"]), int(attributes["K"]))
+    largest = float(np.nan_to_num(difference).max())
+    return NodeReport(str(node.name), node.op_type, shape, exact, largest)
+
+
+def _different(measured: F32, expected: F32) -> npt.NDArray[np.bool_]:
+    """Where two arrays differ in value; NaN equals NaN, and -0 equals 0."""
+    both_nan = np.isnan(measured) & np.isnan(expected)
+    return np.asarray((measured != expected) & ~both_nan)
+
+
+def _row_difference(measured: F32, expected: F32) -> npt.NDArray[np.float64]:
+    """|measured - expected| in units of the RMS of the expected row; NaN where either is."""
+    wide = expected.astype(np.float64)
+    rms = np.sqrt((wide * wide).mean(axis=-1, keepdims=True))
+    difference: npt.NDArray[np.float64] = np.abs(measured - wide) / np.maximum(rms, 1e-30)
+    return difference
+
+
+def _approximate(attributes: Mapping[str, Attribute]) -> bool:
+    """Whether an activation with an exponential lies before a quantisation."""
+    return attributes.get("activation", "relu2") != "relu2"
+
+
+def _title(node: ir.Node) -> str:
+    return f"{node.op_type} {node.name!r}" if node.name else str(node.op_type)
+
+
+# --- the whole model ----------------------------------------------------------------------------
+
+
+def _too_big(artifact: Artifact) -> str | None:
+    """Why the whole model is not run through its fallback functions, None if it is.
+
+    They unpack a two-bit weight to a byte and a table to floats.
+    """
+    inspection = artifact.manifest["inspection"]
+    parameters = inspection["parameters"]
+    need = parameters["ternary"] + 4 * parameters["head"] + inspection["bytes"]["other"]
+    if need <= FALLBACK_LIMIT:
+        return None
+    return f"not compared, the fallback functions would unpack {need / 1e9:.1f} GB"
+
+
+def _compare_whole(artifact: Artifact) -> float:
+    """Least cosine of any output row, plugin against functions; raises VerificationError."""
+    fast = _evaluate(artifact, plugin=True)
+    slow = _evaluate(artifact, plugin=False)
+    cosine = min(_cosine(a, b) for a, b in zip(fast, slow, strict=True))
+    if not cosine >= COSINE:
+        raise VerificationError(
+            f"the whole model differs from its fallback functions: cosine {cosine:.6f} "
+            f"< {COSINE}; report it with the model's name"
+        )
+    return cosine
+
+
+def _cosine(a: F32, b: F32) -> float:
+    """Least cosine between the last-axis rows of ``a`` and ``b``; 1 where both are zero."""
+    x = a.astype(np.float64).reshape(-1, a.shape[-1])
+    y = b.astype(np.float64).reshape(-1, b.shape[-1])
+    norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
+    same = (x == y).all(axis=-1)
+    return float(np.where(same, 1.0, (x * y).sum(axis=-1) / np.where(norms > 0, norms, 1)).min())
+
+
+def _evaluate(artifact: Artifact, plugin: bool) -> list[F32]:
+    """Float outputs of a deterministic run; of a language model its logits at two steps."""
+    session = runtime.load(artifact.path, plugin=plugin)
+    if artifact.manifest["language"] is None:
+        feeds = {i.name: _random_input(i) for i in session.get_inputs()}
+        return [y for y in session.run(None, feeds) if y.dtype == np.float32 and y.ndim]
+    vocabulary = int(artifact.manifest["language"]["vocab_size"])
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (1, TOKENS)).astype(np.int64)
+    caches = empty_caches(session)
+    prompt = step(session, tokens[:, :-1], caches)
+    return [prompt, step(session, tokens[:, -1:], caches)]
+
+
+def _random_input(declared: Any) -> Any:
+    shape = [dim if isinstance(dim, int) else 2 for dim in declared.shape]
+    if declared.type == "tensor(float)":
+        return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    kinds = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
+    if declared.type not in kinds:
+        raise ToolchainError(
+            f"cannot make a test input of {declared.type} for {declared.name!r}: use --no-verify"
+        )
+    return np.ones(shape, kinds[declared.type])
+
+
+def empty_caches(session: Any) -> dict[str, F32]:
+    """The key and value inputs of a decoder session before the first token (batch 1)."""
+    return {
+        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+        for i in session.get_inputs()
+        if i.name.startswith("past_key_values.")
+    }
+
+
+def step(session: Any, tokens: npt.NDArray[np.int64], caches: dict[str, F32]) -> F32:
+    """Feed ``tokens`` int64 ``[1, S]``: logits ``[1, S or 1, V]``; ``caches`` move on in place."""
+    past = next(iter(caches.values())).shape[2] if caches else 0
+    feeds: dict[str, Any] = {"input_ids": tokens, **caches}
+    names = {i.name for i in session.get_inputs()}
+    if "attention_mask" in names:
+        feeds["attention_mask"] = np.ones((1, past + tokens.shape[1]), np.int64)
+    outputs = [o.name for o in session.get_outputs()]
+    results = dict(zip(outputs, session.run(None, feeds), strict=True))
+    for name in caches:
+        caches[name] = results[name.replace("past_key_values.", "present.")]
+    return np.asarray(results["logits"], np.float32)
+
+
+def variants(artifact: Artifact) -> list[str]:
+    """The kernel variants of the artifact's plugin that this machine can run, best first."""
+    found = []
+    for isa in artifact.manifest["target"]["isas"]:
+        with _isa(isa):
+            try:
+                runtime.session_options(artifact.path)
+            except ToolchainError:
+                continue
+        found.append(isa)
+    return found

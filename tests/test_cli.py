@@ -1,0 +1,301 @@
+"""The command line: what it prints, where, and its exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+
+from bitcompile import cli, verification
+from bitcompile.artifact import Artifact
+from bitcompile.errors import VerificationError
+from bitcompile.frontends import huggingface
+from bitcompile.pipeline import BuildOptions
+from tests import artifacts
+from tests.test_generate import feeds
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """The command line in this process."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: object) -> Result:
+        with pytest.raises(SystemExit) as exit:
+            cli.main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        assert isinstance(exit.value.code, int)
+        return Result(exit.value.code, captured.out, captured.err)
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return artifacts.write(tmp_path_factory.mktemp("cli") / "out").path
+
+
+@pytest.fixture
+def copy(artifact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(artifact, tmp_path / "out"))
+
+
+def is_one_error(result: Result, code: int, message: str) -> None:
+    assert result.code == code, result
+    assert message in result.err
+    assert result.err.startswith(("error: ", "internal error: "))
+    assert result.err.count("\n") == 1
+    assert result.out == ""
+
+
+# --- build --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(source: str, context: int | None = None, progress: Any = None) -> Any:
+        return artifacts.imported(tmp_path / "tokenizer")
+
+    monkeypatch.setattr(huggingface, "load", load)
+
+
+@pytest.mark.usefixtures("toy")
+def test_build_says_where_it_lies_and_how_to_run_it(run: Run, tmp_path: Path) -> None:
+    result = run("build", "toy", "-o", tmp_path / "out")
+    assert result.code == 0, result
+    assert f"bitcompile run {tmp_path / 'out'}" in result.out
+    assert "operators bit-exact" in result.out
+    assert result.err == ""  # no progress where there is no terminal
+    again = run("build", "toy", "-o", tmp_path / "out")
+    is_one_error(again, 2, "exists: add --force")
+    replaced = run("build", "toy", "-o", tmp_path / "out", "--force", "--no-verify", "--json")
+    assert replaced.code == 0
+    report = json.loads(replaced.out)
+    assert report["verification"] is None
+    assert report["artifact_bytes"] > 0
+
+
+def test_build_offers_every_option_once() -> None:
+    command = cli.cli.commands["build"]
+    assert isinstance(command, click.Command)
+    names = [parameter.name for parameter in command.params]
+    assert len(names) == len(set(names))
+    assert {option.name for option in dataclasses.fields(BuildOptions)} < set(names)
+
+
+def test_build_of_nothing_is_an_input_error(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    is_one_error(run("build", tmp_path / "empty", "-o", tmp_path / "out"), 3, "config.json")
+    assert not (tmp_path / "out").exists()
+
+
+# --- run ----------------------------------------------------------------------------------------
+
+
+def test_run_prints_text_alone(run: Run, artifact: Path) -> None:
+    result = run("run", artifact, "--prompt", "hello", "-n", "5", "--threads", "1")
+    assert result.code == 0, result
+    assert result.out.endswith("\n")
+    assert result.err == ""
+
+
+def test_chat_answers_each_line(
+    run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "talk").write_text("one\n\ntwo\n")
+    with (tmp_path / "talk").open() as lines:
+        monkeypatch.setattr(sys, "stdin", lines)
+        result = run("run", artifact, "--chat", "-n", "3", "--threads", "1")
+    assert result.code == 0, result
+    assert result.out.count("\n") >= 2
+    assert "> " not in result.out
+
+
+def test_run_of_tensors(run: Run, artifact: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", **feeds())
+    arguments = ("--input", tmp_path / "in.npz", "--output", tmp_path / "out.npz")
+    result = run("run", artifact, *arguments)
+    assert result.code == 0, result
+    assert result.out == ""
+    assert (tmp_path / "out.npz").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--prompt", "x", "--chat"),
+        ("--input", "x.npz"),
+        ("--output", "x.npz", "--prompt", "x"),
+        ("--prompt", "x", "--temperature", "-1"),
+        ("--prompt", "x", "-n", "0"),
+        ("--prompt", "x", "--threads", "0"),
+        ("--prompt", "x", "--unknown"),
+    ],
+)
+def test_run_with_arguments_that_do_not_fit(
+    run: Run, artifact: Path, arguments: tuple[str, ...]
+) -> None:
+    assert run("run", artifact, *arguments).code == 2
+
+
+def test_damage_is_found_before_running(run: Run, copy: Path) -> None:
+    data = bytearray((copy / "tokenizer.json").read_bytes())
+    data[50] ^= 1
+    (copy / "tokenizer.json").write_bytes(data)
+    is_one_error(run("run", copy, "--prompt", "x"), 3, "tokenizer.json is corrupted")
+    is_one_error(run("verify", copy), 3, "tokenizer.json is corrupted")
+    is_one_error(run("run", copy.parent / "none", "--prompt", "x"), 3, "no artifact at")
+
+
+def test_a_plugin_for_another_machine_is_a_toolchain_error(run: Run, copy: Path) -> None:
+    target = {"name": "pi", "device": "cpu", "host": "riscv64-linux-gnu", "isas": []}
+    artifacts.rewrite_manifest(copy, target=target)
+    is_one_error(run("run", copy, "--prompt", "x"), 4, "riscv64-linux-gnu")
+
+
+# --- the rest -----------------------------------------------------------------------------------
+
+
+def test_verify(run: Run, artifact: Path) -> None:
+    result = run("verify", artifact)
+    assert result.code == 0, result
+    assert "layer.0.qkv" in result.out
+    report = json.loads(run("verify", artifact, "--json", "--fallback").out)
+    assert report["cosine"] is None
+    assert len(json.loads(run("verify", artifact, "--json", "--isa", "all").out)) >= 1
+
+
+def test_a_failed_verification_exits_with_1(
+    run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise VerificationError("layer.0.qkv is wrong")
+
+    monkeypatch.setattr(verification, "verify", fail)
+    is_one_error(run("verify", artifact), 1, "layer.0.qkv is wrong")
+
+
+def test_inspect(run: Run, artifact: Path) -> None:
+    result = run("inspect", artifact)
+    assert result.code == 0
+    assert "nodes per layer  4" in result.out
+    assert json.loads(run("inspect", artifact, "--json").out)["nodes_per_layer"] == 4
+    is_one_error(run("inspect", artifact / "nothing"), 3, "nothing to inspect")
+
+
+def test_targets(run: Run) -> None:
+    table = json.loads(run("targets", "--json").out)
+    x86 = next(target for target in table if target["name"] == "x86")
+    assert x86["can_build"] is (x86["cannot_build"] is None)
+    assert "x86" in run("targets").out
+
+
+def test_bench(run: Run, artifact: Path) -> None:
+    arguments = ("--prefill", "8", "--decode", "4", "--repeat", "1", "--threads", "1", "--json")
+    result = run("bench", artifact, *arguments)
+    assert result.code == 0, result
+    assert json.loads(result.out).keys() >= {
+        "threads", "isa", "prefill_tokens_per_s", "decode_tokens_per_s", "time_to_first_token_s",
+        "bytes_per_token", "read_roof_bytes_per_s", "decode_roof_share", "int_peak_macs_per_s",
+        "prefill_peak_share", "resident_bytes", "artifact_bytes",
+    }  # fmt: skip
+
+
+def test_errors_nobody_foresaw(run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr(Artifact, "check_hashes", fail)
+    plain = run("run", artifact, "--prompt", "x")
+    is_one_error(plain, 5, "ZeroDivisionError: two lines; run again with --debug")
+    debug = run("run", artifact, "--prompt", "x", "--debug")
+    assert debug.code == 5
+    assert "Traceback" in debug.err
+
+
+def test_debug_shows_where_a_foreseen_error_arose(run: Run, tmp_path: Path) -> None:
+    result = run("--debug", "verify", tmp_path / "none")
+    assert result.code == 3
+    assert "Traceback" in result.err
+
+
+def test_version_and_help(run: Run) -> None:
+    assert run("--version").out.startswith("bitcompile, version ")
+    for arguments in ([], *([name] for name in cli.cli.commands)):
+        assert "Usage: bitcompile" in run(*arguments, "--help").out
+
+
+def test_interruption(run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Artifact, "check_hashes", interrupt)
+    result = run("run", artifact, "--prompt", "x")
+    assert result.code == 130
+    assert result.err == "interrupted\n"
+
+
+def test_a_reader_that_leaves_is_no_error(artifact: Path) -> None:
+    """`bitcompile inspect --json | head -1`, with the pipe closed at once."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "bitcompile.cli", "inspect", str(artifact), "--json"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141
+    assert done.stderr == ""
+
+
+def test_progress_is_one_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal:
+        text = ""
+
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> None:
+            self.text += text
+
+        def flush(self) -> None:
+            pass
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with cli._progress() as progress:
+        progress("packing weights")
+        deadline = 100
+        while "packing weights" not in terminal.text and deadline:
+            deadline -= 1
+            import time
+
+            time.sleep(0.05)
+    assert "packing weights (0 s)" in terminal.text
+    assert "\n" not in terminal.text
+    assert terminal.text.endswith("\r\033[K")
