@@ -202,7 +202,8 @@ def bytes_per_token(artifact: Artifact) -> int:
     V, K = language["vocab_size"], language["hidden_size"]
     blocks = -(-K // BLOCK)
     per_row = {"q8": blocks * (BLOCK + 4), "q4": blocks * (BLOCK // 2 + 4), "float": K * 4}
-    return int(artifact.manifest["inspection"]["bytes"]["ternary"]) + V * int(per_row[head])
+    ternary = int(artifact.manifest["inspection"]["bytes"]["ternary"])
+    return ternary + int(V) * int(per_row[head])
 
 
 def kv_bytes(language: Mapping[str, Any], tokens: int) -> int:
@@ -217,7 +218,7 @@ def resident_bytes() -> int:
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
     except OSError:
         raise ToolchainError("bench reads /proc/self/statm and so runs on Linux only") from None
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return int(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 class Roofs:

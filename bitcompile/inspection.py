@@ -181,24 +181,11 @@ def _ternary_inputs(node: ir.Node) -> Iterator[tuple[ir.Value | None, int]]:
         return
     op = OPS[node.op_type]
     inputs = op.named(node.inputs)
-    for packed, scale in op.weights:
-        rows, columns = _weight_shape(node, packed)
-        yield inputs[packed], rows * columns
-        yield inputs[scale], 0
-
-
-def _weight_shape(node: ir.Node, packed: str) -> tuple[int, int]:
-    """``(N, K)`` of one packed weight of a node."""
-    size = {
-        name: attribute.as_int()
-        for name, attribute in node.attributes.items()
-        if name in ("K", "N", "F")
-    }
-    if packed == "w_gate_up":
-        return 2 * size["F"], size["K"]
-    if packed == "w_down":
-        return size["N"], size["F"]
-    return size["N"], size["K"]
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    for weight in op.weights:
+        rows, columns = weight.shape(attributes)
+        yield inputs[weight.data], rows * columns
+        yield inputs[weight.scale], 0
 
 
 def _table_inputs(graph: ir.Graph) -> Iterator[tuple[ir.Value | None, int]]:

@@ -40,54 +40,38 @@ def lower(graph: ir.Model, target: Target, wanted: str = AUTO) -> Lowered:
     Raises InputError for a weight that is not constant or not ternary, UsageError for a layout the
     target does not have, ToolchainError if the plugin cannot be compiled.
     """
+    import onnx_ir as ir
+
     chosen = choose_layout(target, wanted)
-    done: set[str] = set()
+    library, kernels = target.compile()
+    moved: set[str] = set()  # a weight may be shared by several nodes
     for node in graph.graph:
-        if node.domain != DOMAIN:
+        if node.domain != DOMAIN or not OPS[node.op_type].weights:
             continue
         op = OPS[node.op_type]
-        for weight, scale in op.weights:
-            position = [i.name for i in op.inputs].index(weight)
-            _repack(node, op.name, position, _shape_of(node, weight), scale, chosen, done)
-        if op.weights:
-            node.attributes["layout"] = _text_attribute("layout", chosen.id)
-    library, kernels = target.compile()
+        attributes = op.complete({name: a.value for name, a in node.attributes.items()})
+        inputs = op.named(node.inputs)
+        source = layout(str(attributes["layout"]))
+        for weight in op.weights:
+            value = inputs[weight.data]
+            if value is None or value.const_value is None:
+                raise InputError(
+                    f"{op.name} {node.name}: its weight is computed by the graph, not a constant, "
+                    "so it cannot be packed: export the model with its weights as initializers"
+                )
+            if value.name not in moved:
+                _repack(value, source, chosen, weight.shape(attributes))
+                moved.add(value.name)
+        node.attributes["layout"] = ir.AttrString("layout", chosen.id)
     return Lowered(graph, target, chosen.id, library, kernels)
 
 
-def _text_attribute(name: str, value: str) -> ir.Attr:
+def _repack(value: ir.Value, source: Layout, chosen: Layout, shape: tuple[int, int]) -> None:
+    """Replace the constant by the same weights in another layout."""
     import onnx_ir as ir
 
-    return ir.AttrString(name, value)
-
-
-def _shape_of(node: ir.Node, weight: str) -> tuple[int, int]:
-    """``(N, K)`` of one of a node's weights."""
-    rows, columns = {"w": ("N", "K"), "w_gate_up": ("F2", "K"), "w_down": ("N", "F")}[weight]
-    return node.attributes[rows].as_int(), node.attributes[columns].as_int()
-
-
-def _repack(
-    node: ir.Node,
-    op: str,
-    position: int,
-    shape: tuple[int, int],
-    scale: str,
-    chosen: Layout,
-    done: set[str],
-) -> None:
-    import onnx_ir as ir
-
-    value = node.inputs[position]
-    if value is None or value.const_value is None:
-        raise InputError(f"{op} {node.name}: its weight is not a constant, so it cannot be packed")
-    if value.name in done:  # a weight shared by several nodes
-        return
-    source = layout(node.attributes["layout"].as_string())
-    packed = PackedTernary(
-        value.const_value.numpy(), np.ones((shape[0], 1), np.float32), source, shape
-    )
-    tensor = ir.Tensor(packed.to(chosen).data, name=value.name)
-    value.const_value = tensor
-    value.shape = tensor.shape
-    done.add(str(value.name))
+    assert value.const_value is not None
+    no_scale = np.ones((shape[0], 1), np.float32)  # it stays where it is, an input of the node
+    packed = PackedTernary(value.const_value.numpy(), no_scale, source, shape)
+    value.const_value = ir.Tensor(packed.to(chosen).data, name=value.name)
+    value.shape = value.const_value.shape

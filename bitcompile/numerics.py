@@ -7,6 +7,7 @@ exact; float results are bit-identical wherever only ``+ - * / sqrt`` and roundi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,8 +47,10 @@ def integer_matmul(q: I8, weight: I8) -> I32:
     BLAS in floats is exact here: every partial sum is an integer below 2**24 for float32 (K up to
     131,072), below 2**53 for float64.
     """
-    wide = np.float32 if q.shape[-1] <= 1 << 17 else np.float64
-    product = q.astype(wide) @ weight.astype(wide).T
+    wide: type[np.float32] | type[np.float64] = np.float32
+    if q.shape[-1] > 1 << 17:
+        wide = np.float64
+    product: npt.NDArray[Any] = np.matmul(q.astype(wide), weight.astype(wide).T)
     return product.astype(np.int32)
 
 
@@ -197,10 +200,10 @@ def quantize_table(table: F32, bits: int, block: int) -> tuple[npt.NDArray[np.ui
     values = padded.reshape(V, blocks, block)
     if bits == 8:
         scale = np.abs(values).max(axis=-1) / _f(127)
-        codes = _rounded(values, scale, 127)
+        whole = _rounded(values, scale, 127)
     else:
-        codes, scale = _least_squares(values, bits)
-    codes = (codes + _f(2 ** (bits - 1))).astype(np.uint8)
+        whole, scale = _least_squares(values, bits)
+    codes = (whole + _f(2 ** (bits - 1))).astype(np.uint8)
     if bits == 4:
         codes = codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
     return codes, scale[..., None].astype(np.float32)

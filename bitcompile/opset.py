@@ -6,7 +6,7 @@ The operators themselves live in ``custom_ops/``, one file each.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from bitcompile.errors import InputError
@@ -37,6 +37,22 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Weight:
+    """One ternary weight of an operator: its inputs, and the attributes that give its shape."""
+
+    data: str
+    """Input with the packed weight."""
+    scale: str
+    """Input with its scales, float32 ``[N, 1]``."""
+    rows: str
+    columns: str
+
+    def shape(self, attributes: Mapping[str, Any]) -> tuple[int, int]:
+        """``(N, K)`` in a node with these attributes."""
+        return int(attributes[self.rows]), int(attributes[self.columns])
+
+
+@dataclass(frozen=True)
 class OpDef:
     """One operator: schema, meaning, export and portable fallback in one value.
 
@@ -55,8 +71,7 @@ class OpDef:
     output_shape: Callable[[Mapping[str, Shape], Mapping[str, Attribute]], Shape]
     body: Callable[[Mapping[str, Attribute]], str]
     structural: tuple[str, ...] = ()
-    weights: tuple[tuple[str, str], ...] = field(default=())
-    """(packed weight, its scale) pairs among the inputs."""
+    weights: tuple[Weight, ...] = ()
 
     def complete(self, attributes: Mapping[str, Attribute]) -> dict[str, Attribute]:
         """``attributes`` with defaults filled in.

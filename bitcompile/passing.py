@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
+from bitcompile.custom_ops import OPS
 from bitcompile.errors import BitcompileError, UsageError
 from bitcompile.opset import DOMAIN
 
@@ -131,11 +132,12 @@ def ternary_weights(model: ir.Model) -> int:
     """Ternary weights the nodes of ``model`` multiply by; merging and fusing keep the sum."""
     total = 0
     for node in model.graph:
-        if node.domain == DOMAIN and node.op_type in ("BitLinear", "NormBitLinear"):
-            total += node.attributes.get_int("N", 0) * node.attributes.get_int("K", 0)
-        elif node.domain == DOMAIN and node.op_type == "BitGLU":
-            N, K, F = (node.attributes.get_int(name, 0) for name in ("N", "K", "F"))
-            total += 2 * F * K + N * F
+        if node.domain != DOMAIN or node.op_type not in OPS:
+            continue
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        for weight in OPS[node.op_type].weights:
+            rows, columns = weight.shape(attributes)
+            total += rows * columns
     return total
 
 

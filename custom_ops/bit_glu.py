@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from bitcompile.custom_ops import bit_linear, bodies
 
 from bitcompile import numerics
-from bitcompile.opset import Attribute, Input, OpDef, Shape, is_absent
+from bitcompile.custom_ops import bit_linear, bodies
+from bitcompile.opset import Attribute, Input, OpDef, Shape, Weight, is_absent
 from bitcompile.packing import layout
 
 
@@ -94,5 +94,8 @@ BIT_GLU = OpDef(
     output_shape=_shape,
     body=_body,
     structural=("layout", "activation", "sub_norm"),
-    weights=(("w_gate_up", "s_gate_up"), ("w_down", "s_down")),
+    weights=(
+        Weight("w_gate_up", "s_gate_up", "F2", "K"),
+        Weight("w_down", "s_down", "N", "F"),
+    ),
 )

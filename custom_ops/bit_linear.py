@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from bitcompile.custom_ops.bodies import LINEAR_ATTRIBUTES, function, linear_body
 
 from bitcompile import numerics
-from bitcompile.opset import Attribute, Input, OpDef, Shape, is_absent
+from bitcompile.custom_ops.bodies import LINEAR_ATTRIBUTES, function, linear_body
+from bitcompile.opset import Attribute, Input, OpDef, Shape, Weight, is_absent
 from bitcompile.packing import layout
 
 W_DOC = "packed ternary weight of [N, K] in attribute `layout`"
@@ -66,5 +66,5 @@ BIT_LINEAR = OpDef(
     output_shape=linear_shape,
     body=_body,
     structural=("layout",),
-    weights=(("w", "w_scale"),),
+    weights=(Weight("w", "w_scale", "N", "K"),),
 )

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bitcompile.custom_ops import bodies
-
 from bitcompile import numerics
+from bitcompile.custom_ops import bodies
 from bitcompile.opset import Attribute, Input, OpDef, Shape
 
 BLOCK = 128

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bitcompile.custom_ops import bit_linear, bodies
-
 from bitcompile import numerics
-from bitcompile.opset import Attribute, Input, OpDef
+from bitcompile.custom_ops import bit_linear, bodies
+from bitcompile.opset import Attribute, Input, OpDef, Weight
 
 GAMMA = Input("gamma", "float", "weight of the norm [K]")
 
@@ -40,5 +39,5 @@ NORM_BIT_LINEAR = OpDef(
     output_shape=bit_linear.linear_shape,
     body=_body,
     structural=("layout",),
-    weights=(("w", "w_scale"),),
+    weights=(Weight("w", "w_scale", "N", "K"),),
 )

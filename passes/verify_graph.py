@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -49,24 +48,12 @@ class VerifyGraph(Pass):
 def _verify_weights(node: ir.Node, op: OpDef) -> None:
     attributes = op.complete(edit.attributes(node))
     inputs = op.named(node.inputs)
-    sizes = _sizes(node, attributes)
-    for weight, scale in op.weights:
-        N, K = sizes[weight]
+    for weight in op.weights:
+        N, K = weight.shape(attributes)
         expected = layout(str(attributes["layout"])).shape(N, K)
-        if edit.dims(inputs[weight]) != expected:
-            raise InputError(
-                f"{node.name}: {weight} has shape {edit.dims(inputs[weight])}; layout "
-                f"{attributes['layout']} of [{N}, {K}] is {expected}"
-            )
-        if edit.dims(inputs[scale]) != (N, 1):
-            raise InputError(
-                f"{node.name}: {scale} has shape {edit.dims(inputs[scale])}, not ({N}, 1)"
-            )
-
-
-def _sizes(node: ir.Node, attributes: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """``[N, K]`` of each packed weight of a node."""
-    N, K = attributes.get("N", 0), attributes.get("K", 0)
-    if node.op_type == "BitGLU":
-        return {"w_gate_up": (2 * attributes["F"], K), "w_down": (N, attributes["F"])}
-    return {"w": (N, K)}
+        for name, wanted in ((weight.data, expected), (weight.scale, (N, 1))):
+            if edit.dims(inputs[name]) != wanted:
+                raise InputError(
+                    f"{node.name}: {name} has shape {edit.dims(inputs[name])}; with layout "
+                    f"{attributes['layout']} of [{N}, {K}] it is {wanted}"
+                )

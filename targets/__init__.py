@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from bitcompile.targets.x86 import X86
-
 from bitcompile.errors import ToolchainError, UsageError
 from bitcompile.target import Target
+from bitcompile.targets.x86 import X86
 
 TARGETS: dict[str, Target] = {target.name: target for target in (X86,)}
 

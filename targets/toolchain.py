@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-PACKAGES = {"tvm": "apache-tvm", "ziglang": "ziglang", "onnx_ir": "onnx-ir", "torch": "torch"}
+PACKAGES = {
+    "tvm": "apache-tvm",
+    "ziglang": "ziglang",
+    "onnx": "onnx",
+    "onnx_ir": "onnx-ir",
+    "onnxscript": "onnxscript",
+    "torch": "torch",
+    "transformers": "transformers",
+    "safetensors": "safetensors",
+}
 """Importable module to the package that brings it."""
 
 

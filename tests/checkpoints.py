@@ -13,7 +13,6 @@ import numpy as np
 import onnx_ir as ir
 import torch
 import transformers
-from bitcompile.custom_ops import OPS
 from safetensors.torch import save_file
 from transformers.integrations.bitnet import (
     AutoBitLinear,
@@ -22,6 +21,8 @@ from transformers.integrations.bitnet import (
     replace_with_bitnet_linear,
 )
 from transformers.quantizers.base import HfQuantizer
+
+from bitcompile.custom_ops import OPS
 
 TINY = {
     "hidden_size": 64,

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from bitcompile.custom_ops import OPS
-from bitcompile.targets import resolve
 from onnx import TensorProto, helper, numpy_helper
 
+from bitcompile.custom_ops import OPS
 from bitcompile.opset import DOMAIN, IR_VERSION, ONNX_OPSET
+from bitcompile.targets import resolve
 
 NONE = np.zeros((), np.float32)
 """An absent optional input."""

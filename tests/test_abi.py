@@ -4,9 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tools import onnxruntime_headers
-
 import bitcompile.custom_ops.csrc
+from tests.tools import onnxruntime_headers
 
 CSRC = Path(bitcompile.custom_ops.csrc.__path__[0])
 

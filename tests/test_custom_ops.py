@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from bitcompile.custom_ops import OPS
-from single_node import NONE, accumulator_input, model, session
-from test_plugin import glu
 
 from bitcompile import numerics
+from bitcompile.custom_ops import OPS
 from bitcompile.errors import InputError
 from bitcompile.packing import LAYOUTS, PackedTernary
+from tests.single_node import NONE, accumulator_input, model, session
+from tests.test_plugin import glu
 
 SHAPES = [(1, 1, 1), (5, 7, 2), (33, 50, 9), (40, 52, 3), (64, 640, 4)]
 

@@ -85,7 +85,7 @@ def test_ternary_weights_of_every_operator() -> None:
     b = Build()
     x = b.input("x", ["b", 5])
     for op in ("BitLinear", "NormBitLinear", "BitGLU"):
-        b.op(op, x, name=op, domain=DOMAIN, N=3, K=5, F=7)
+        b.op(op, x, name=op, domain=DOMAIN, N=3, K=5, F=7, F2=14)
     assert ternary_weights(b.model()) == 15 + 15 + (2 * 7 * 5 + 3 * 7)
 
 

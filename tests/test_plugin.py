@@ -12,13 +12,13 @@ import onnxruntime
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from single_node import NONE, accumulator_input, isa, model, plugin, session
-from tools import program
 
 from bitcompile import numerics
 from bitcompile.custom_ops import OPS
 from bitcompile.packing import CPU_TILE, PackedTernary
 from bitcompile.targets import resolve
+from tests.single_node import NONE, accumulator_input, isa, model, plugin, session
+from tests.tools import program
 
 ISAS = ["avx512-vnni", "avx2", "portable"]
 SWEEP = settings(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bitcompile import numerics
 from bitcompile.targets.tir.dsl import (
     Buffer,
     Expr,
@@ -19,8 +20,6 @@ from bitcompile.targets.tir.dsl import (
 )
 from bitcompile.targets.tir.isa import Isa, shifted_bytes
 from bitcompile.targets.tir.rows import add_lanes, f32, quantized, row_magnitude, row_scale
-
-from bitcompile import numerics
 
 CHUNK = 64
 """Table bytes of one step; an int32 lane covers 4 of them (``numerics.HEAD_LANES``)."""

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bitcompile.custom_ops.csrc
-
 from bitcompile.errors import ToolchainError
 from bitcompile.model import Kernel
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bitcompile import numerics
 from bitcompile.targets.tir.dsl import (
     Buffer,
     Expr,
@@ -26,8 +27,6 @@ from bitcompile.targets.tir.dsl import (
     when,
 )
 from bitcompile.targets.tir.isa import Isa
-
-from bitcompile import numerics
 
 LANES = 16
 INF_BITS = 0x7F800000
