@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -52,26 +52,38 @@ def lower(graph: ir.Model, target: Target, wanted: str = AUTO) -> Lowered:
         attributes = op.complete({name: a.value for name, a in node.attributes.items()})
         inputs = op.named(node.inputs)
         source = layout(str(attributes["layout"]))
+        group_size = int(attributes["group_size"])
         for weight in op.weights:
             value = inputs[weight.data]
-            if value is None or value.const_value is None:
+            if any(v is None or v.const_value is None for v in (value, inputs[weight.scale])):
                 raise InputError(
                     f"{op.name} {node.name}: its weight is computed by the graph, not a constant, "
                     "so it cannot be packed: export the model with its weights as initializers"
                 )
+            scale = inputs[weight.scale]
             if value.name not in moved:
                 _repack(value, source, chosen, weight.shape(attributes))
                 moved.add(value.name)
+            if group_size and scale.name not in moved:
+                stored = source.decode_scale(
+                    scale.const_value.numpy(), *weight.shape(attributes), group_size
+                )
+                _replace(scale, chosen.encode_scale(stored, group_size))
+                moved.add(scale.name)
         node.attributes["layout"] = ir.AttrString("layout", chosen.id)
     return Lowered(graph, target, chosen.id, library, kernels)
 
 
 def _repack(value: ir.Value, source: Layout, chosen: Layout, shape: tuple[int, int]) -> None:
     """Replace the constant by the same weights in another layout."""
-    import onnx_ir as ir
-
     assert value.const_value is not None
     no_scale = np.ones((shape[0], 1), np.float32)  # it stays where it is, an input of the node
     packed = PackedTernary(value.const_value.numpy(), no_scale, source, shape)
-    value.const_value = ir.Tensor(packed.to(chosen).data, name=value.name)
+    _replace(value, packed.to(chosen).data)
+
+
+def _replace(value: ir.Value, array: np.ndarray[Any, Any]) -> None:
+    import onnx_ir as ir
+
+    value.const_value = ir.Tensor(array, name=value.name)
     value.shape = value.const_value.shape

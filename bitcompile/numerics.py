@@ -54,14 +54,23 @@ def integer_matmul(q: I8, weight: I8) -> I32:
     return product.astype(np.int32)
 
 
-def ternary_matmul(x: F32, weight: I8, w_scale: F32) -> F32:
-    """``y[..., n] = fl(acc[n]) * fl(w_scale[n] / s)`` for x ``[..., K]``, weight int8 ``[N, K]``.
+def ternary_matmul(x: F32, weight: I8, w_scale: F32, group_size: int = 0) -> F32:
+    """A ternary layer without bias, for x ``[..., K]`` and weight int8 ``[N, K]``.
 
-    ``w_scale`` is float32 ``[N, 1]`` (or anything that reshapes to N values).
+    With one scale a row, ``w_scale`` float32 ``[N, 1]``: ``y[n] = fl(acc[n]) * fl(w_scale[n] / s)``.
+    With one per group of ``group_size`` columns, ``[N, G]``: ``y[n] = t[n] * fl(1 / s)``, where
+    ``t[n]`` gathers ``fl(w_scale[n, j] * fl(acc[n, j]))`` over the groups j in order.
     """
     q, s = quantize_activations(x)
-    acc = integer_matmul(q, weight)
-    return acc.astype(np.float32) * (np.asarray(w_scale, np.float32).reshape(-1) / s)
+    scale = np.asarray(w_scale, np.float32)
+    if group_size == 0:
+        return integer_matmul(q, weight).astype(np.float32) * (scale.reshape(-1) / s)
+    total: F32 = np.zeros((*q.shape[:-1], weight.shape[0]), np.float32)
+    for j in range(scale.shape[1]):
+        span = slice(j * group_size, (j + 1) * group_size)
+        acc = integer_matmul(q[..., span], weight[:, span]).astype(np.float32)
+        total = np.add(total, scale[:, j] * acc, dtype=np.float32)
+    return total * (_f(1) / s)
 
 
 def rms_norm(x: F32, gamma: F32, eps: float) -> F32:

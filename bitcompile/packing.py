@@ -17,6 +17,22 @@ from bitcompile.errors import InputError
 
 Bytes = npt.NDArray[np.uint8]
 Ternary = npt.NDArray[np.int8]
+Scales = npt.NDArray[np.float32]
+
+GROUP_SIZES = (16, 32, 64, 128, 256)
+"""Columns that may share a scale; 0 stands for a whole row."""
+
+
+def groups(K: int, group_size: int) -> int:
+    """Scales along ``K`` columns; raises InputError for a group size without kernels."""
+    if group_size == 0:
+        return 1
+    if group_size not in GROUP_SIZES:
+        raise InputError(
+            f"weights have one scale per {group_size} columns; supported are 0 (one per row), "
+            + ", ".join(map(str, GROUP_SIZES))
+        )
+    return -(-K // group_size)
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,38 @@ class Layout:
         fields = np.stack([(tiles >> np.uint8(2 * p)) & np.uint8(3) for p in range(4)], axis=axis)
         return np.ascontiguousarray(fields.reshape(rows * self.tile_n, cols * self.tile_k)[:N, :K])
 
+    def scale_shape(self, N: int, K: int, group_size: int = 0) -> tuple[int, ...]:
+        """Shape of the float32 scales of an ``[N, K]`` weight.
+
+        One scale a row is ``[N, 1]`` in every layout. Groups are ``[N, G]`` in the portable layout,
+        and ``[ceil(N/tile_n), G, tile_n]`` in tiles: a kernel reads those of a tile's rows at once.
+        """
+        G = groups(K, group_size)
+        if group_size == 0 or self.tile_n == 1:
+            return (N, G)
+        return (-(-N // self.tile_n), G, self.tile_n)
+
+    def encode_scale(self, scale: Scales, group_size: int = 0) -> Scales:
+        """Scales ``[N, G]`` as they are stored; rows that fill a tile are 0."""
+        N, G = scale.shape
+        if group_size == 0 or self.tile_n == 1:
+            return scale
+        padded = np.zeros((-(-N // self.tile_n) * self.tile_n, G), np.float32)
+        padded[:N] = scale
+        return np.ascontiguousarray(padded.reshape(-1, self.tile_n, G).transpose(0, 2, 1))
+
+    def decode_scale(self, stored: Scales, N: int, K: int, group_size: int = 0) -> Scales:
+        """Scales ``[N, G]`` of a stored array; raises InputError if its shape is not ours."""
+        expected = self.scale_shape(N, K, group_size)
+        if stored.shape != expected:
+            raise InputError(
+                f"weight scales are {list(stored.shape)}; layout {self.id} of a [{N}, {K}] weight "
+                f"with group size {group_size} is {list(expected)}: pack them again"
+            )
+        if len(expected) == 2:
+            return stored
+        return np.ascontiguousarray(stored.transpose(0, 2, 1).reshape(-1, expected[1])[:N])
+
     def _fields(self) -> tuple[int, int]:
         return (4, self.tile_k // 4) if self.interleaved else (self.tile_k // 4, 4)
 
@@ -95,33 +143,45 @@ def layout(id: str) -> Layout:
 class PackedTernary:
     """A ternary weight matrix as it is stored.
 
-    ``data``: uint8, shape ``layout.shape(*shape)``; ``scale``: float32 ``[N, 1]``, multiplied to
-    the integer product of each row; ``shape``: ``(N, K)``.
+    ``data``: uint8, shape ``layout.shape(*shape)``; ``scale``: float32 ``[N, G]``, multiplied to
+    the integer product of each row and group of ``group_size`` columns (0: the whole row, G = 1);
+    ``shape``: ``(N, K)``.
     """
 
     data: Bytes
-    scale: npt.NDArray[np.float32]
+    scale: Scales
     layout: Layout
     shape: tuple[int, int]
+    group_size: int = 0
 
     @classmethod
     def pack(
-        cls, weight: Ternary, scale: npt.ArrayLike, layout: Layout = PORTABLE
+        cls,
+        weight: Ternary,
+        scale: npt.ArrayLike,
+        layout: Layout = PORTABLE,
+        group_size: int = 0,
     ) -> PackedTernary:
-        """Pack int8 ``[N, K]`` in {-1, 0, 1}; ``scale`` is a scalar or one value per row.
+        """Pack int8 ``[N, K]`` in {-1, 0, 1}.
 
-        Raises InputError if a value is not ternary or a scale is not finite.
+        ``scale`` is a scalar, one value per row, or ``[N, G]`` with a ``group_size``. Raises
+        InputError if a value is not ternary or a scale is not finite or has another shape.
         """
         if weight.ndim != 2 or weight.size == 0:
             raise InputError(f"a ternary weight must be a non-empty [N, K], not {weight.shape}")
         if weight.min() < -1 or weight.max() > 1:
             raise InputError(f"weight is not ternary: values {weight.min()}..{weight.max()}")
-        rows = np.asarray(scale, np.float32).reshape(-1, 1)
+        N, K = weight.shape
+        shape = (N, groups(K, group_size))
+        rows = np.asarray(scale, np.float32)
+        rows = rows.reshape(-1, 1) if rows.ndim < 2 else rows
+        if rows.shape not in ((1, 1), (N, 1), shape):
+            raise InputError(f"weight scales are {list(rows.shape)}, not {list(shape)}")
         if not np.isfinite(rows).all():
             raise InputError("weight scale is not finite: the checkpoint is damaged")
-        per_row = np.ascontiguousarray(np.broadcast_to(rows, (weight.shape[0], 1)))
+        spread = np.ascontiguousarray(np.broadcast_to(rows, shape))
         codes = (weight + np.int8(1)).astype(np.uint8)
-        return cls(layout.encode(codes), per_row, layout, (weight.shape[0], weight.shape[1]))
+        return cls(layout.encode(codes), spread, layout, (N, K), group_size)
 
     def ternary(self) -> Ternary:
         """The weights, int8 ``[N, K]``; raises InputError if a code is 3."""
@@ -135,4 +195,4 @@ class PackedTernary:
         codes = self.layout.decode(self.data, *self.shape)
         if codes.max() > 2:
             raise InputError("weight is not ternary: a packed code is 3")
-        return PackedTernary(layout.encode(codes), self.scale, layout, self.shape)
+        return PackedTernary(layout.encode(codes), self.scale, layout, self.shape, self.group_size)

@@ -10,22 +10,17 @@ import numpy as np
 from bitcompile import numerics
 from bitcompile.custom_ops import bit_linear, bodies
 from bitcompile.opset import Attribute, Input, OpDef, Shape, Weight, is_absent
-from bitcompile.packing import layout
 
 
 def _reference(inputs: Mapping[str, Any], attributes: Mapping[str, Attribute]) -> numerics.F32:
-    K, F, N = (int(attributes[name]) for name in ("K", "F", "N"))
-    eps = float(attributes["eps"])
-    packing = layout(str(attributes["layout"]))
-    gate_up = packing.decode(inputs["w_gate_up"], 2 * F, K).astype(np.int8) - np.int8(1)
-    down = packing.decode(inputs["w_down"], N, F).astype(np.int8) - np.int8(1)
-
+    F, eps = int(attributes["F"]), float(attributes["eps"])
+    gate_up, down = BIT_GLU.weights
     normed = numerics.rms_norm(inputs["x"], inputs["gamma_in"], eps)
-    both = numerics.ternary_matmul(normed, gate_up, inputs["s_gate_up"])
+    both = bit_linear.product(normed, gate_up, inputs, attributes)
     hidden = numerics.ACTIVATIONS[str(attributes["activation"])](both[..., :F]) * both[..., F:]
     if attributes["sub_norm"]:
         hidden = numerics.rms_norm(hidden, inputs["gamma_sub"], eps)
-    y = numerics.ternary_matmul(hidden, down, inputs["s_down"])
+    y = bit_linear.product(hidden, down, inputs, attributes)
     if not is_absent(inputs["residual"]):
         y = y + inputs["residual"]
     return y.astype(np.float32)
@@ -93,7 +88,7 @@ BIT_GLU = OpDef(
     reference=_reference,
     output_shape=_shape,
     body=_body,
-    structural=("layout", "activation", "sub_norm"),
+    structural=("layout", "group_size", "activation", "sub_norm"),
     weights=(
         Weight("w_gate_up", "s_gate_up", "F2", "K"),
         Weight("w_down", "s_down", "N", "F"),

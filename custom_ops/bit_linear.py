@@ -15,9 +15,11 @@ from bitcompile.packing import layout
 W_DOC = "packed ternary weight of [N, K] in attribute `layout`"
 X = Input("x", "float", "activations [..., K]")
 W = Input("w", "uint8", W_DOC)
-W_SCALE = Input("w_scale", "float", "scale of each weight row [N, 1]")
+W_SCALE = Input("w_scale", "float", "scale of each weight row and group of columns")
 BIAS = Input("bias", "float", "[N]", optional=True)
 RESIDUAL = Input("residual", "float", "[..., N], added last", optional=True)
+
+W_OF_LINEAR = Weight("w", "w_scale", "N", "K")
 
 ATTRIBUTES: Mapping[str, Attribute | None] = {
     "K": None,
@@ -28,14 +30,23 @@ ATTRIBUTES: Mapping[str, Attribute | None] = {
 }
 
 
+def product(
+    x: Any, weight: Weight, inputs: Mapping[str, Any], attributes: Mapping[str, Attribute]
+) -> numerics.F32:
+    """``ternary_matmul`` of float32 ``x`` ``[..., K]`` with one of a node's weights."""
+    N, K = weight.shape(attributes)
+    size = int(attributes.get("group_size", 0))
+    packing = layout(str(attributes["layout"]))
+    codes = packing.decode(inputs[weight.data], N, K)
+    scale = packing.decode_scale(inputs[weight.scale], N, K, size)
+    return numerics.ternary_matmul(x, codes.astype(np.int8) - np.int8(1), scale, size)
+
+
 def linear_reference(
     x: Any, inputs: Mapping[str, Any], attributes: Mapping[str, Attribute]
 ) -> numerics.F32:
-    """``ternary_matmul`` of float32 ``x`` ``[..., K]`` with a node's packed weight."""
-    N, K = int(attributes["N"]), int(attributes["K"])
-    codes = layout(str(attributes["layout"])).decode(inputs["w"], N, K)
-    weight = codes.astype(np.int8) - np.int8(1)
-    y = numerics.ternary_matmul(x, weight, inputs["w_scale"])
+    """Product, bias and residual of a node whose (normed) input is ``x``."""
+    y = product(x, W_OF_LINEAR, inputs, attributes)
     if not is_absent(inputs["bias"]):
         y = y + inputs["bias"]
     if not is_absent(inputs["residual"]):
@@ -65,6 +76,6 @@ BIT_LINEAR = OpDef(
     reference=_reference,
     output_shape=linear_shape,
     body=_body,
-    structural=("layout",),
-    weights=(Weight("w", "w_scale", "N", "K"),),
+    structural=("layout", "group_size"),
+    weights=(W_OF_LINEAR,),
 )

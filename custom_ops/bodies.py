@@ -158,16 +158,80 @@ LINEAR_ATTRIBUTES = ("K", "N", "layout", "group_size", "act_bits")
 
 def linear_body(attributes: Mapping[str, Attribute], x: str = "x") -> str:
     """Quantise ``x``, multiply by the unpacked ternary weight, rescale, add bias and residual."""
+    size = int(attributes["group_size"])
     return (
         quantize(127.0, x)
         + "  xi = Cast <to: int = 3> (xq)\n"
         + unpack(str(attributes["layout"]))
-        + constant("l_flat", [-1])
-        + "  acc = MatMulInteger (xi, w_t)\n"
+        + (_grouped(str(attributes["layout"]), size) if size else _per_row())
+        + "  l_biased = Add (l_y, bias)\n"
+        "  y = Add (l_biased, residual)\n"
+    )
+
+
+def _per_row() -> str:
+    """``l_y`` with one scale a row."""
+    return constant("l_flat", [-1]) + (
+        "  acc = MatMulInteger (xi, w_t)\n"
         "  accf = Cast <to: int = 1> (acc)\n"
         "  l_rows = Reshape (w_scale, l_flat)\n"
         "  l_scale = Div (l_rows, s)\n"
         "  l_y = Mul (accf, l_scale)\n"
-        "  l_biased = Add (l_y, bias)\n"
-        "  y = Add (l_biased, residual)\n"
+    )
+
+
+def _grouped(layout_id: str, size: int) -> str:
+    """``l_y`` with one scale for each row and ``size`` columns.
+
+    K is padded to whole groups, which become the batch of one integer product ``[G, M, N]``; CumSum
+    gathers the groups in order. Tiled scales ``[T, G, tile_n]`` are first laid out as ``[G, N]``.
+    """
+    tiled = layout(layout_id).tile_n > 1
+    order = (
+        "  g_order = Transpose <perm: ints = [1, 0, 2]> (w_scale)\n"
+        "  g_all = Reshape (g_order, g_keep)\n"
+        "  g_gn = Slice (g_all, u_zero, u_n1, g_second)\n"
+        if tiled
+        else "  g_gn = Transpose <perm: ints = [1, 0]> (w_scale)\n"
+    )
+    return (
+        constant("g_size", [size])
+        + constant("g_keep", [0, -1])
+        + constant("g_second", [1])
+        + constant("g_middle", [1])
+        + constant("g_axis", 0)
+        + constant("g_lastgroup", -1)
+        + constant("g_one", 1.0)
+        + constant("g_flat", [-1])
+        + order
+        + "  g_scale = Unsqueeze (g_gn, g_middle)\n"  # [G, 1, N]
+        "  g_neg = Neg (u_k1)\n"
+        "  g_pad = Mod (g_neg, g_size)\n"
+        "  g_pads = Concat <axis: int = 0> (u_zero, g_pad)\n"
+        "  g_last_axis = Constant <value_ints: ints = [-1]> ()\n"
+        "  g_xf = Cast <to: int = 1> (xi)\n"
+        "  g_xpad = Pad (g_xf, g_pads, , g_last_axis)\n"
+        "  g_xint = Cast <to: int = 3> (g_xpad)\n"
+        "  g_kpad = Add (u_k1, g_pad)\n"
+        "  g_count = Div (g_kpad, g_size)\n"
+        "  g_mshape = Concat <axis: int = 0> (g_flat, g_count, g_size)\n"
+        "  g_xg = Reshape <allowzero: int = 1> (g_xint, g_mshape)\n"
+        "  g_xt = Transpose <perm: ints = [1, 0, 2]> (g_xg)\n"  # [G, M, size]
+        "  g_wzero = Concat <axis: int = 0> (u_zero, u_zero, g_pad, u_zero)\n"
+        "  g_w32 = Cast <to: int = 1> (w_t)\n"
+        "  g_wpad = Pad (g_w32, g_wzero)\n"
+        "  g_wint = Cast <to: int = 3> (g_wpad)\n"
+        "  g_wshape = Concat <axis: int = 0> (g_count, g_size, u_n1)\n"
+        "  g_wg = Reshape (g_wint, g_wshape)\n"  # [G, size, N]
+        "  g_acc = MatMulInteger (g_xt, g_wg)\n"
+        "  g_accf = Cast <to: int = 1> (g_acc)\n"
+        "  g_parts = Mul (g_scale, g_accf)\n"
+        "  g_sums = CumSum (g_parts, g_axis)\n"
+        "  g_total = Gather <axis: int = 0> (g_sums, g_lastgroup)\n"  # [M, N]
+        "  g_lead = Shape <start: int = 0, end: int = -1> (xi)\n"
+        "  g_yshape = Concat <axis: int = 0> (g_lead, u_n1)\n"
+        "  g_y = Reshape <allowzero: int = 1> (g_total, g_yshape)\n"
+        "  g_inverse = Div (g_one, s)\n"
+        "  g_kept = Max (g_inverse)\n"  # keeps y * (1 / s) from becoming y / s
+        "  l_y = Mul (g_y, g_kept)\n"
     )

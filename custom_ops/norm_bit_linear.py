@@ -7,7 +7,7 @@ from typing import Any
 
 from bitcompile import numerics
 from bitcompile.custom_ops import bit_linear, bodies
-from bitcompile.opset import Attribute, Input, OpDef, Weight
+from bitcompile.opset import Attribute, Input, OpDef
 
 GAMMA = Input("gamma", "float", "weight of the norm [K]")
 
@@ -38,6 +38,6 @@ NORM_BIT_LINEAR = OpDef(
     reference=_reference,
     output_shape=bit_linear.linear_shape,
     body=_body,
-    structural=("layout",),
-    weights=(Weight("w", "w_scale", "N", "K"),),
+    structural=("layout", "group_size"),
+    weights=(bit_linear.W_OF_LINEAR,),
 )

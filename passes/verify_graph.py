@@ -50,8 +50,9 @@ def _verify_weights(node: ir.Node, op: OpDef) -> None:
     inputs = op.named(node.inputs)
     for weight in op.weights:
         N, K = weight.shape(attributes)
-        expected = layout(str(attributes["layout"])).shape(N, K)
-        for name, wanted in ((weight.data, expected), (weight.scale, (N, 1))):
+        chosen = layout(str(attributes["layout"]))
+        scales = chosen.scale_shape(N, K, int(attributes["group_size"]))
+        for name, wanted in ((weight.data, chosen.shape(N, K)), (weight.scale, scales)):
             if edit.dims(inputs[name]) != wanted:
                 raise InputError(
                     f"{node.name}: {name} has shape {edit.dims(inputs[name])}; with layout "

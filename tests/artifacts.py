@@ -97,10 +97,16 @@ def lowered(source: Imported, options: passing.Options) -> Lowered:
 
 
 def write(
-    folder: Path, *, chat: bool = True, head: str = "q8", logits: str = "last", force: bool = False
+    folder: Path,
+    *,
+    chat: bool = True,
+    head: str = "q8",
+    logits: str = "last",
+    force: bool = False,
+    config: Decoder = CONFIG,
 ) -> Artifact:
     """A complete artifact in ``folder``."""
-    source = imported(folder.parent / "tokenizer", chat)
+    source = imported(folder.parent / "tokenizer", chat, config)
     result = lowered(source, passing.Options(head, logits))
     with artifact.staged(folder, force) as stage:
         artifact.write(

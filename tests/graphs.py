@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitcompile.opset import DOMAIN, IR_VERSION, ONNX_OPSET
-from bitcompile.packing import PackedTernary
+from bitcompile.packing import PackedTernary, groups
 from bitcompile.passes.attach_functions import AttachFunctions
 from bitcompile.passes.graph import MICROSOFT
 
@@ -114,13 +114,17 @@ class Build:
         *,
         bias: bool = False,
         residual: ir.Value | None = None,
+        group_size: int = 0,
         **attributes: Any,
     ) -> ir.Value:
         """BitLinear with random ternary weights."""
         assert x.shape is not None
         K = int(x.shape[-1])  # type: ignore[arg-type]
         weight = self.rng.integers(-1, 2, (N, K)).astype(np.int8)
-        packed = PackedTernary.pack(weight, self.rng.uniform(0.01, 0.1))
+        scale = self.rng.uniform(0.01, 0.1, (N, groups(K, group_size)) if group_size else None)
+        packed = PackedTernary.pack(weight, scale, group_size=group_size)
+        if group_size:
+            attributes["group_size"] = group_size
         absent = self.const("none", ABSENT)
         bias_data = self.rng.standard_normal(N).astype(np.float32)
         return self.op(
@@ -189,6 +193,7 @@ class Decoder:
     views: bool = True
     written_out: bool = False
     context: int = 12
+    group_size: int = 0
 
 
 BITNET = Decoder()
@@ -263,22 +268,27 @@ class _DecoderBuild(Build):
         c, at = self.c, f"model.layers.{i}"
         h = self.norm(x, f"{at}.input_layernorm", written_out=c.written_out)
         q, k, v = (
-            self._heads(self.linear(h, n * c.head_size, f"{at}.self_attn.{p}_proj", bias=c.bias), n)
+            self._heads(
+                self._linear(h, n * c.head_size, f"{at}.self_attn.{p}_proj", bias=c.bias), n
+            )
             for p, n in (("q", c.heads), ("k", c.kv_heads), ("v", c.kv_heads))
         )
         y = self._attention(q, k, v, i, present)
         if c.sub_norm:
             y = self.norm(y, f"{at}.self_attn.attn_sub_norm", written_out=c.written_out)
-        y = self.linear(y, c.hidden, f"{at}.self_attn.o_proj")
+        y = self._linear(y, c.hidden, f"{at}.self_attn.o_proj")
         x = self.op("Add", x, y, name=f"{at}.after_attention")
         h = self.norm(x, f"{at}.post_attention_layernorm", written_out=c.written_out)
-        gate = self.linear(h, c.ffn, f"{at}.mlp.gate_proj")
-        up = self.linear(h, c.ffn, f"{at}.mlp.up_proj")
+        gate = self._linear(h, c.ffn, f"{at}.mlp.gate_proj")
+        up = self._linear(h, c.ffn, f"{at}.mlp.up_proj")
         y = self.op("Mul", activation(self, c.activation, gate, at), up, name=f"{at}.hidden")
         if c.sub_norm:
             y = self.norm(y, f"{at}.mlp.ffn_sub_norm", written_out=c.written_out)
-        y = self.linear(y, c.hidden, f"{at}.mlp.down_proj")
+        y = self._linear(y, c.hidden, f"{at}.mlp.down_proj")
         return self.op("Add", x, y, name=f"{at}.after_mlp")
+
+    def _linear(self, x: ir.Value, N: int, name: str, bias: bool = False) -> ir.Value:
+        return self.linear(x, N, name, bias=bias, group_size=self.c.group_size)
 
     def _heads(self, x: ir.Value, heads: int) -> ir.Value:
         """The exporter's trace of ``view``, ``transpose`` and back; or nothing."""

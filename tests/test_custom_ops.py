@@ -8,7 +8,7 @@ import pytest
 from bitcompile import numerics
 from bitcompile.custom_ops import OPS
 from bitcompile.errors import InputError
-from bitcompile.packing import LAYOUTS, PackedTernary
+from bitcompile.packing import LAYOUTS, PackedTernary, groups
 from tests.single_node import NONE, accumulator_input, model, session
 from tests.test_plugin import glu
 
@@ -27,6 +27,30 @@ def test_bodies_compute_the_same_integers(layout: str, N: int, K: int, M: int) -
     y = session(made, with_plugin=False).run(None, {"x": x})[0]
     q, _ = numerics.quantize_activations(x)
     np.testing.assert_array_equal(y, numerics.integer_matmul(q, weight))
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("group_size", [16, 64, 256])
+@pytest.mark.parametrize(("N", "K", "M"), SHAPES)
+def test_bodies_of_group_scaled_weights(
+    layout: str, group_size: int, N: int, K: int, M: int
+) -> None:
+    rng = np.random.default_rng(N)
+    weight = rng.integers(-1, 2, (N, K)).astype(np.int8)
+    scale = rng.random((N, groups(K, group_size))).astype(np.float32)
+    packed = PackedTernary.pack(weight, scale, LAYOUTS[layout], group_size)
+    stored = LAYOUTS[layout].encode_scale(packed.scale, group_size)
+    constants = {"w": packed.data, "w_scale": stored, "bias": NONE, "residual": NONE}
+    attributes = {"K": K, "N": N, "layout": layout, "group_size": group_size}
+    x = rng.standard_normal((2, M, K)).astype(np.float32)
+    made = model("BitLinear", attributes, constants, function=True)
+    y = session(made, with_plugin=False).run(None, {"x": x})[0]
+    reference = OPS["BitLinear"].reference({**constants, "x": x}, attributes)
+    np.testing.assert_array_equal(y, reference)
+    wide = weight * np.repeat(scale, group_size, axis=1)[:, :K]
+    expected = x.astype(np.float64) @ wide.T.astype(np.float64)
+    # The error of 8-bit activations: half a step of 1/127 of the row's largest, K times.
+    assert np.abs(y - expected).max() <= np.abs(x).max() / 254 * np.abs(wide).sum(1).max() + 1e-6
 
 
 @pytest.mark.parametrize(("N", "K", "M"), SHAPES)

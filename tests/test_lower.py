@@ -15,9 +15,10 @@ from tests.graphs import Build, Decoder, decoder, decoder_feeds, run_model
 X86 = resolve("x86")
 
 
-def test_a_lowered_model_computes_the_same(tmp_path: object) -> None:
+@pytest.mark.parametrize("group_size", [0, 16])
+def test_a_lowered_model_computes_the_same(group_size: int) -> None:
     """Through the function bodies, which read each layout by its own definition."""
-    config = Decoder(layers=1)
+    config = Decoder(layers=1, group_size=group_size)
     model = decoder(config)
     before = run_model(model, decoder_feeds(config))
     lowered = lower(model, X86)

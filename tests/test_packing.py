@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitcompile.errors import InputError
-from bitcompile.packing import CPU_TILE, LAYOUTS, PORTABLE, PackedTernary, layout
+from bitcompile.packing import (
+    CPU_TILE,
+    GROUP_SIZES,
+    LAYOUTS,
+    PORTABLE,
+    PackedTernary,
+    groups,
+    layout,
+)
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 2**32 - 1))
@@ -38,6 +46,25 @@ def test_scales_are_one_per_row() -> None:
     assert PackedTernary.pack(np.zeros((3, 2), np.int8), 0.25).scale.tolist() == [[0.25]] * 3
     rows = PackedTernary.pack(np.zeros((2, 2), np.int8), np.array([1.0, 2.0]))
     assert rows.scale.tolist() == [[1.0], [2.0]]
+
+
+@given(st.integers(1, 40), st.integers(1, 300), st.sampled_from(GROUP_SIZES))
+def test_group_scales_round_trip(N: int, K: int, size: int) -> None:
+    scale = np.arange(N * groups(K, size), dtype=np.float32).reshape(N, -1)
+    packed = PackedTernary.pack(np.zeros((N, K), np.int8), scale, group_size=size)
+    for chosen in LAYOUTS.values():
+        stored = chosen.encode_scale(packed.scale, size)
+        assert stored.shape == chosen.scale_shape(N, K, size)
+        np.testing.assert_array_equal(chosen.decode_scale(stored, N, K, size), scale)
+
+
+def test_bad_groups_are_refused() -> None:
+    with pytest.raises(InputError, match="one scale per 48 columns; supported are"):
+        groups(96, 48)
+    with pytest.raises(InputError, match=r"scales are \[2, 3\], not \[2, 2\]"):
+        PackedTernary.pack(np.zeros((2, 32), np.int8), np.ones((2, 3)), group_size=16)
+    with pytest.raises(InputError, match="pack them again"):
+        CPU_TILE.decode_scale(np.ones((2, 2), np.float32), 2, 32, 16)
 
 
 @pytest.mark.parametrize(

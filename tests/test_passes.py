@@ -43,6 +43,10 @@ def _adds(node: ir.Node) -> bool:
         (BITNET, ["NormBitLinear", "GroupQueryAttention", "NormBitLinear+", "BitGLU+"]),
         (LLAMA, ["NormBitLinear", "GroupQueryAttention", "BitLinear+", "BitGLU+"]),
         (
+            replace(BITNET, group_size=16),
+            ["NormBitLinear", "GroupQueryAttention", "NormBitLinear+", "BitGLU+"],
+        ),
+        (
             replace(BITNET, written_out=True, activation="gelu_tanh_written", bias=True),
             ["NormBitLinear", "GroupQueryAttention", "NormBitLinear+", "BitGLU+"],
         ),
@@ -64,7 +68,7 @@ def close(got: Array, want: Array, share: float) -> None:
     assert np.abs(got - want).max() <= share * max(1.0, float(np.abs(want).max()))
 
 
-@pytest.mark.parametrize("config", [BITNET, LLAMA])
+@pytest.mark.parametrize("config", [BITNET, LLAMA, replace(BITNET, group_size=16)])
 @pytest.mark.parametrize(("tokens", "past"), [(5, 0), (1, 4)])
 def test_parity_without_quantised_head(config: Decoder, tokens: int, past: int) -> None:
     """The norms' order of summation differs: a few integers may move by one (1/127 of a row)."""

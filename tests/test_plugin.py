@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bitcompile import numerics
 from bitcompile.custom_ops import OPS
-from bitcompile.packing import CPU_TILE, PackedTernary
+from bitcompile.packing import CPU_TILE, GROUP_SIZES, PackedTernary, groups
 from bitcompile.targets import resolve
 from tests.single_node import NONE, accumulator_input, isa, model, plugin, session
 from tests.tools import program
@@ -76,6 +76,56 @@ def test_accumulators_equal_the_integer_reference(
     )[0]
     q, _ = numerics.quantize_activations(x)
     np.testing.assert_array_equal(y, q.astype(np.int64) @ weight.T.astype(np.int64))
+
+
+@settings(SWEEP, max_examples=40)
+@given(
+    shape=shapes,
+    group_size=st.sampled_from(GROUP_SIZES),
+    threads=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_group_scaled_weights_are_bit_identical(
+    variant: str, shape: tuple[int, int, int], group_size: int, threads: int, seed: int
+) -> None:
+    N, K, M = shape
+    rng = np.random.default_rng(seed)
+    scale = rng.random((N, groups(K, group_size))).astype(np.float32)
+    weight = rng.integers(-1, 2, (N, K)).astype(np.int8)
+    packed = PackedTernary.pack(weight, scale, CPU_TILE, group_size)
+    attributes = {"K": K, "N": N, "layout": CPU_TILE.id, "group_size": group_size, "eps": 1e-5}
+    constants = {
+        "gamma": rng.standard_normal(K).astype(np.float32),
+        "w": packed.data,
+        "w_scale": CPU_TILE.encode_scale(packed.scale, group_size),
+        "bias": rng.standard_normal(N).astype(np.float32),
+        "residual": rng.standard_normal((M, N)).astype(np.float32),
+    }
+    x = rng.standard_normal((M, K)).astype(np.float32)
+    made = model("NormBitLinear", attributes, constants)
+    y = session(made, variant=variant, threads=threads).run(None, {"x": x})[0]
+    reference = OPS["NormBitLinear"].reference({**constants, "x": x}, attributes)
+    np.testing.assert_array_equal(y, reference)
+
+
+def test_each_group_is_an_exact_integer_sum(variant: str) -> None:
+    """One scale of 1 among zeros leaves one group's accumulator."""
+    N, K, M, size = 20, 300, 9, 64
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-1, 2, (N, K)).astype(np.int8)
+    x, s = accumulator_input(rng, M, K)
+    q, _ = numerics.quantize_activations(x)
+    for j in range(5):
+        scale = np.zeros((N, 5), np.float32)
+        scale[:, j] = 1
+        packed = PackedTernary.pack(weight, scale, CPU_TILE, size)
+        attributes = {"K": K, "N": N, "layout": CPU_TILE.id, "group_size": size}
+        stored = CPU_TILE.encode_scale(packed.scale, size)
+        constants = {"w": packed.data, "w_scale": stored, "bias": NONE, "residual": NONE}
+        y = session(model("BitLinear", attributes, constants), variant=variant).run(None, {"x": x})
+        span = slice(j * size, (j + 1) * size)
+        acc = q[:, span].astype(np.int64) @ weight[:, span].T.astype(np.int64)
+        np.testing.assert_array_equal(y[0], acc.astype(np.float32) * (np.float32(1) / s))
 
 
 @pytest.mark.parametrize("M", [1, 5, 9])
@@ -241,7 +291,11 @@ def test_bad_inputs_name_the_remedy() -> None:
     assert "residual has shape [4], expected [2, 4]" in change(residual=np.zeros(4, np.float32))
     assert "build the artifact for this target" in change(layout="i2")
     assert "act_bits = 8" in change(act_bits=4)
+    assert "act_bits = 8" in change(act_bits=8.0)
+    assert "group_size = 48; it must be 0, 16" in change(group_size=48)
+    assert "w_scale has shape [4, 1], expected [1, 1, 16]" in change(group_size=16)
     assert "K must be 1.." in change(K=1 << 30)
+    assert "1..8388608" in change(N=1 << 24)
     assert "Unexpected input data type" in change(x=np.ones((2, 6), np.float64))
 
 
@@ -251,9 +305,28 @@ def test_glu_and_head_refuse_what_they_cannot_do() -> None:
     x = np.ones((1, 8), np.float32)
     wrong = model("BitGLU", {**attributes, "activation": "tanh"}, constants)
     assert "activation 'tanh' is unknown" in error_of(wrong, {"x": x, "residual": x})
+    for changes, message in (
+        ({"F2": 17}, "F2 twice as much"),
+        ({"sub_norm": 7}, "sub_norm is an int attribute"),
+        ({"eps": 1}, "eps = -1; it is a float attribute"),
+        ({"eps": -1.0}, "eps = -1"),
+    ):
+        wrong = model("BitGLU", {**attributes, **changes}, constants)
+        assert message in error_of(wrong, {"x": x, "residual": x})
     codes, scale = numerics.quantize_table(np.ones((2, 128), np.float32), 8, 128)
-    wrong = model("HeadLinear", {"K": 128, "N": 2, "bits": 3}, {"table": codes, "scale": scale})
-    assert "bits must be 8 or 4" in error_of(wrong, {"x": np.ones((1, 128), np.float32)})
+    head = {"K": 128, "N": 2, "bits": 8}
+    for changes in ({"bits": 3}, {"block": 1 << 61}, {"block": 129}, {"block": 32768}):
+        wrong = model("HeadLinear", {**head, **changes}, {"table": codes, "scale": scale})
+        assert "bits must be 8 or 4" in error_of(wrong, {"x": np.ones((1, 128), np.float32)})
+
+
+def test_head_over_more_rows_than_one_pass() -> None:
+    rng = np.random.default_rng(4)
+    codes, scale = numerics.quantize_table(rng.standard_normal((5, 128)).astype("f4"), 8, 128)
+    made = model("HeadLinear", {"K": 128, "N": 5, "bits": 8}, {"table": codes, "scale": scale})
+    x = rng.standard_normal((2, 1030, 128)).astype(np.float32)
+    y = session(made, threads=2).run(None, {"x": x})[0]
+    np.testing.assert_array_equal(y, numerics.head_matmul(x, codes, scale, 8))
 
 
 def test_unknown_isa_is_one_clear_error() -> None:

@@ -20,6 +20,22 @@ typedef void bc_gemm_fn(const uint8_t *w, const int32_t *q, const int32_t *qsum,
                         const float *w_scale, const float *bias, const float *residual, float *y,
                         int32_t rows, int32_t ldy, int32_t has_bias, int32_t has_residual,
                         int32_t tiles, int32_t M, int32_t KB, uint8_t *panel, int32_t *partial);
+/* The same with a scale per group of group_blocks 16-column blocks: qsum [M, G], w_scale
+ * [tiles, G, 16]. */
+typedef void bc_gemv_grouped_fn(const uint8_t *w, const int32_t *q, const int32_t *qsum,
+                                const float *s, const float *w_scale, const float *bias,
+                                const float *residual, float *y, int32_t rows, int32_t ldy,
+                                int32_t has_bias, int32_t has_residual, int32_t tiles, int32_t M,
+                                int32_t KB, int32_t G, int32_t group_blocks);
+typedef void bc_gemm_grouped_fn(const uint8_t *w, const int32_t *q, const int32_t *qsum,
+                                const float *s, const float *w_scale, const float *bias,
+                                const float *residual, float *y, int32_t rows, int32_t ldy,
+                                int32_t has_bias, int32_t has_residual, int32_t tiles, int32_t M,
+                                int32_t KB, int32_t G, int32_t group_blocks, uint8_t *panel,
+                                float *partial);
+/* sums [M, G] of q [M, Kp] */
+typedef void bc_group_sums_fn(const int8_t *q, int32_t *sums, int32_t M, int32_t Kp, int32_t G,
+                              int32_t group_blocks);
 /* hidden [M, F] = act(both[:, :F]) * both[:, F:] */
 typedef void bc_glu_fn(const float *both, float *hidden, int32_t M, int32_t F);
 typedef void bc_head_quantize_fn(const float *x, int8_t *hi, int8_t *lo, int32_t *offset, float *s,
@@ -30,16 +46,23 @@ typedef void bc_head_fn(const uint8_t *table, const float *scale, const int8_t *
 typedef void bc_read_roof_fn(const uint8_t *data, uint8_t *out, int32_t steps);
 typedef void bc_dot_roof_fn(const uint8_t *seed, int32_t *out, int32_t steps);
 
+/* A gemm task: its workspaces on the thread's stack (bytes, values), the register tiles of rows it
+ * takes, and the rows it may read past the last one. kernels.c asserts that every schedule fits. */
+enum { BC_MAX_PANEL = 1 << 15, BC_MAX_PARTIAL = 1 << 14, BC_GEMM_BLOCKS = 32, BC_ROW_PAD = 16 };
+
 enum { BC_RELU2, BC_SILU, BC_GELU_TANH, BC_GELU_ERF, BC_ACTIVATIONS };
 
 typedef struct bc_variant {
   const char *isa;
   const char *features; /* comma-separated CPU features it needs, as cpu.c names them */
-  int32_t gemm_rows, gemm_tiles, panel_bytes, partial_values;
+  int32_t gemm_rows, gemm_tiles; /* the register tile */
   bc_quantize_fn *quantize;
   bc_norm_quantize_fn *norm_quantize;
   bc_gemv_fn *gemv;
   bc_gemm_fn *gemm;
+  bc_gemv_grouped_fn *gemv_grouped;
+  bc_gemm_grouped_fn *gemm_grouped;
+  bc_group_sums_fn *group_sums;
   bc_glu_fn *glu[BC_ACTIVATIONS];
   bc_head_quantize_fn *head_quantize8, *head_quantize4;
   bc_head_fn *head8, *head4;

@@ -16,9 +16,10 @@ enum {
   MAX_RANK = 8,
   TILE_ROWS = 16,     /* weight rows and columns of a tile of the CPU layout */
   TILE_BYTES = 64,
-  ROW_PAD = 16,       /* scratch rows a gemm may read past M */
   DECODE_ROWS = 8,    /* up to here a gemv, above a gemm */
   MAX_K = 1 << 18,    /* int32 sums of field values stay below 2**31 */
+  MAX_N = 1 << 23,    /* and so do the kernels' int32 offsets, over the rows of a task */
+  MAX_BLOCK = 8192,   /* int32 sums of a head block: 512 codes a lane * 255 * 16256 */
   ALIGN = 64,
 };
 
@@ -48,6 +49,7 @@ typedef struct Spec {
   const char *name;
   size_t inputs;
   uint32_t bytes_inputs; /* bit i set: input i is uint8 */
+  int has_norm;          /* takes attribute eps */
   BcStatus *(*compute)(const Kernel *, BcContext *);
 } Spec;
 
@@ -68,7 +70,8 @@ struct Kernel {
   const BcApi *api;
   const bc_variant *variant;
   const Spec *spec;
-  int64_t K, N, F, bits, block, sub_norm, activation, kind, steps;
+  int64_t K, N, F, F2, act_bits, bits, block, sub_norm, activation, kind, steps;
+  int64_t group_size; /* columns that share a scale, 0 for a whole row */
   float eps;
   uint32_t constant;          /* bit i set: input i is a constant, parsed once */
   Tensor fixed[MAX_INPUTS];
@@ -129,11 +132,17 @@ static BcStatus *expect(const Kernel *k, const char *what, const Tensor *t, size
               "the model again or fix its input", k->spec->name, what, got, want);
 }
 
+/* Scales along K columns. */
+static int64_t groups(const Kernel *k, int64_t K) {
+  return k->group_size ? ceil_div(K, k->group_size) : 1;
+}
+
 static BcStatus *expect_weight(const Kernel *k, const char *what, const Tensor *w,
                                const char *scale_name, const Tensor *scale, int64_t N, int64_t K) {
   const int64_t packed[] = {ceil_div(N, TILE_ROWS), ceil_div(K, TILE_ROWS), TILE_BYTES};
-  const int64_t scales[] = {N, 1};
+  const int64_t scales[] = {N, 1}, grouped[] = {packed[0], groups(k, K), TILE_ROWS};
   TRY(expect(k, what, w, 3, packed));
+  if (k->group_size) return expect(k, scale_name, scale, 3, grouped);
   return expect(k, scale_name, scale, 2, scales);
 }
 
@@ -224,26 +233,28 @@ static BcStatus *parallel(const Kernel *k, BcContext *context, void (*task)(void
 
 /* Quantised activation rows: where a row kernel leaves them and a matrix product reads them. */
 typedef struct Rows {
-  int8_t *q; /* [M + ROW_PAD, Kp] */
+  int8_t *q; /* [M + BC_ROW_PAD, Kp] */
   float *s;
-  int32_t *qsum;
-  int64_t Kp;
+  int32_t *qsum; /* [M + BC_ROW_PAD], or [M + BC_ROW_PAD, G] for group-scaled weights */
+  int64_t Kp, G, group_blocks; /* group_blocks: 16-column blocks of a group, 0 for whole rows */
 } Rows;
 
-static int64_t rows_bytes(int64_t M, int64_t K) {
-  int64_t Kp = ceil_div(K, TILE_ROWS) * TILE_ROWS, padded_rows = M + ROW_PAD;
-  return padded(padded_rows * Kp) + 2 * padded(padded_rows * 4);
+static int64_t rows_bytes(const Kernel *k, int64_t M, int64_t K) {
+  int64_t Kp = ceil_div(K, TILE_ROWS) * TILE_ROWS, padded_rows = M + BC_ROW_PAD;
+  int64_t sums = padded_rows * groups(k, K) * 4;
+  return padded(padded_rows * Kp) + padded(padded_rows * 4) + padded(sums);
 }
 
-static Rows take_rows(Scratch *scratch, int64_t M, int64_t K) {
-  Rows rows = {.Kp = ceil_div(K, TILE_ROWS) * TILE_ROWS};
-  rows.q = take(scratch, (M + ROW_PAD) * rows.Kp);
-  rows.s = take(scratch, (M + ROW_PAD) * 4);
-  rows.qsum = take(scratch, (M + ROW_PAD) * 4);
+static Rows take_rows(const Kernel *k, Scratch *scratch, int64_t M, int64_t K) {
+  Rows rows = {.Kp = ceil_div(K, TILE_ROWS) * TILE_ROWS, .G = groups(k, K)};
+  rows.group_blocks = k->group_size / TILE_ROWS;
+  rows.q = take(scratch, (M + BC_ROW_PAD) * rows.Kp);
+  rows.s = take(scratch, (M + BC_ROW_PAD) * 4);
+  rows.qsum = take(scratch, (M + BC_ROW_PAD) * rows.G * 4);
   /* A gemm multiplies the rows that fill its register tile and drops the results. */
-  memset(rows.q + M * rows.Kp, 0, (size_t)(ROW_PAD * rows.Kp));
-  memset(rows.s + M, 0, ROW_PAD * 4);
-  memset(rows.qsum + M, 0, ROW_PAD * 4);
+  memset(rows.q + M * rows.Kp, 0, (size_t)(BC_ROW_PAD * rows.Kp));
+  memset(rows.s + M, 0, BC_ROW_PAD * 4);
+  memset(rows.qsum + M * rows.G, 0, (size_t)(BC_ROW_PAD * rows.G * 4));
   return rows;
 }
 
@@ -263,11 +274,16 @@ static void row_task(void *opaque, size_t i) {
   int32_t count = (int32_t)min64(j->step, j->M - m), K = (int32_t)j->K, Kp = (int32_t)j->to.Kp;
   const float *x = j->x + m * j->K;
   int8_t *q = j->to.q + m * j->to.Kp;
+  /* With groups the row sums of the quantisation are replaced by those of the groups; G >= 1 leaves
+   * room for both. */
+  int32_t *qsum = j->to.qsum + m * j->to.G;
   if (j->glu) j->glu(j->both + 2 * m * j->K, j->hidden + m * j->K, count, K);
   if (j->gamma)
-    j->v->norm_quantize(x, j->gamma, q, j->to.s + m, j->to.qsum + m, count, K, Kp, j->eps);
+    j->v->norm_quantize(x, j->gamma, q, j->to.s + m, qsum, count, K, Kp, j->eps);
   else
-    j->v->quantize(x, q, j->to.s + m, j->to.qsum + m, count, K, Kp);
+    j->v->quantize(x, q, j->to.s + m, qsum, count, K, Kp);
+  if (j->to.group_blocks)
+    j->v->group_sums(q, qsum, count, Kp, (int32_t)j->to.G, (int32_t)j->to.group_blocks);
 }
 
 static BcStatus *run_rows(const Kernel *k, BcContext *context, RowJob *job) {
@@ -290,30 +306,38 @@ typedef struct MatmulJob {
 
 static const float *at(const float *p, int64_t offset) { return p ? p + offset : NULL; }
 
+/* The arguments every product kernel begins with, for weight rows from n and activation rows from m
+ * on. */
+#define PRODUCT(j, tile, n, m, tiles, M)                                                             \
+  (j)->w + (tile) * (j)->KB * TILE_BYTES, (const int32_t *)((j)->from.q + (m) * (j)->from.Kp),       \
+      (j)->from.qsum + (m) * (j)->from.G, (j)->from.s + (m), (j)->w_scale + (n) * (j)->from.G,       \
+      at((j)->bias, n), at((j)->residual, (m) * (j)->ldy + (n)), (j)->y + (m) * (j)->ldy + (n),      \
+      (int32_t)((j)->N - (n)), (int32_t)(j)->ldy, (j)->bias != NULL, (j)->residual != NULL,          \
+      (int32_t)(tiles), (int32_t)(M), (int32_t)(j)->KB
+#define GROUPS(j) (int32_t)(j)->from.G, (int32_t)(j)->from.group_blocks
+
 static void gemv_task(void *opaque, size_t i) {
   MatmulJob *j = opaque;
   int64_t tile = (int64_t)i * j->step, n = tile * TILE_ROWS;
   int64_t tiles = min64(j->step, ceil_div(j->N, TILE_ROWS) - tile);
-  j->v->gemv(j->w + tile * j->KB * TILE_BYTES, (const int32_t *)j->from.q, j->from.qsum, j->from.s,
-             j->w_scale + n, at(j->bias, n), at(j->residual, n), j->y + n, (int32_t)(j->N - n),
-             (int32_t)j->ldy, j->bias != NULL, j->residual != NULL, (int32_t)tiles, (int32_t)j->M,
-             (int32_t)j->KB);
+  if (j->from.group_blocks)
+    j->v->gemv_grouped(PRODUCT(j, tile, n, 0, tiles, j->M), GROUPS(j));
+  else
+    j->v->gemv(PRODUCT(j, tile, n, 0, tiles, j->M));
 }
 
-enum { MAX_PANEL = 1 << 15, MAX_PARTIAL = 1 << 14, GEMM_BLOCKS = 32 };
-
 static void gemm_task(void *opaque, size_t i) {
-  _Alignas(ALIGN) uint8_t panel[MAX_PANEL];
-  _Alignas(ALIGN) int32_t partial[MAX_PARTIAL];
+  _Alignas(ALIGN) uint8_t panel[BC_MAX_PANEL];
+  _Alignas(ALIGN) int32_t partial[BC_MAX_PARTIAL];
   MatmulJob *j = opaque;
   int64_t tile = ((int64_t)i % j->columns) * j->step, n = tile * TILE_ROWS;
   int64_t m = ((int64_t)i / j->columns) * j->m_step;
   int64_t tiles = min64(j->step, ceil_div(j->N, TILE_ROWS) - tile);
-  j->v->gemm(j->w + tile * j->KB * TILE_BYTES, (const int32_t *)(j->from.q + m * j->from.Kp),
-             j->from.qsum + m, j->from.s + m, j->w_scale + n, at(j->bias, n),
-             at(j->residual, m * j->ldy + n), j->y + m * j->ldy + n, (int32_t)(j->N - n),
-             (int32_t)j->ldy, j->bias != NULL, j->residual != NULL, (int32_t)tiles,
-             (int32_t)min64(j->m_step, j->M - m), (int32_t)j->KB, panel, partial);
+  int64_t M = min64(j->m_step, j->M - m);
+  if (j->from.group_blocks)
+    j->v->gemm_grouped(PRODUCT(j, tile, n, m, tiles, M), GROUPS(j), panel, (float *)partial);
+  else
+    j->v->gemm(PRODUCT(j, tile, n, m, tiles, M), panel, partial);
 }
 
 static BcStatus *run_matmul(const Kernel *k, BcContext *context, MatmulJob *job) {
@@ -327,7 +351,7 @@ static BcStatus *run_matmul(const Kernel *k, BcContext *context, MatmulJob *job)
     return parallel(k, context, gemv_task, ceil_div(tiles, job->step), job);
   }
   job->step = job->v->gemm_tiles;
-  job->m_step = (int64_t)job->v->gemm_rows * GEMM_BLOCKS;
+  job->m_step = (int64_t)job->v->gemm_rows * BC_GEMM_BLOCKS;
   job->columns = ceil_div(tiles, job->step);
   return parallel(k, context, gemm_task, job->columns * ceil_div(job->M, job->m_step), job);
 }
@@ -348,9 +372,9 @@ static BcStatus *compute_linear(const Kernel *k, BcContext *context, const Tenso
   TRY(optional(k, "bias", &rest[2], 1, bias_shape, &matmul.bias));
   TRY(optional(k, "residual", &rest[3], y.rank, y.dim, &matmul.residual));
   if (M == 0) return NULL;
-  TRY(open_scratch(k, context, rows_bytes(M, k->K), &scratch));
+  TRY(open_scratch(k, context, rows_bytes(k, M, k->K), &scratch));
   RowJob rows = {.x = x->data, .gamma = gamma ? gamma->data : NULL, .M = M, .K = k->K, .eps = k->eps};
-  rows.to = matmul.from = take_rows(&scratch, M, k->K);
+  rows.to = matmul.from = take_rows(k, &scratch, M, k->K);
   matmul.M = M;
   matmul.y = (float *)y.data;
   BcStatus *status = run_rows(k, context, &rows);
@@ -371,7 +395,7 @@ static BcStatus *compute_norm_bit_linear(const Kernel *k, BcContext *context) {
   return compute_linear(k, context, &in[1], &in[0], &in[2]);
 }
 
-enum { GLU_ROWS = 1024 }; /* rows of one pass, which bounds the scratch memory */
+enum { PASS_ROWS = 1024 }; /* rows of one pass, which bounds the scratch memory */
 
 static BcStatus *compute_bit_glu(const Kernel *k, BcContext *context) {
   Tensor in[MAX_INPUTS], y;
@@ -387,10 +411,11 @@ static BcStatus *compute_bit_glu(const Kernel *k, BcContext *context) {
   TRY(optional(k, "residual", &in[7], y.rank, y.dim, &residual));
   if (M == 0) return NULL;
 
-  int64_t most = min64(M, GLU_ROWS);
-  int64_t bytes = rows_bytes(most, k->K) + rows_bytes(most, k->F) + padded(3 * most * k->F * 4);
+  int64_t most = min64(M, PASS_ROWS);
+  int64_t bytes = rows_bytes(k, most, k->K) + rows_bytes(k, most, k->F);
+  bytes += padded(3 * most * k->F * 4);
   TRY(open_scratch(k, context, bytes, &scratch));
-  Rows outer = take_rows(&scratch, most, k->K), inner = take_rows(&scratch, most, k->F);
+  Rows outer = take_rows(k, &scratch, most, k->K), inner = take_rows(k, &scratch, most, k->F);
   float *both = take(&scratch, 2 * most * k->F * 4), *hidden = both + 2 * most * k->F;
   BcStatus *status = NULL;
   for (int64_t m = 0; m < M && !status; m += most) {
@@ -451,20 +476,27 @@ static BcStatus *compute_head_linear(const Kernel *k, BcContext *context) {
   TRY(expect(k, "scale", &in[2], 3, scale_shape));
   TRY(open_rows(k, context, &in[0], k->K, k->N, &y, &M));
   if (M == 0) return NULL;
-  HeadJob job = {.v = k->variant, .x = in[0].data, .table = in[1].data, .scale = in[2].data,
-                 .y = (float *)y.data, .M = M, .K = k->K, .V = k->N, .B = B,
+  HeadJob job = {.v = k->variant, .table = in[1].data, .scale = in[2].data, .K = k->K, .V = k->N, .B = B,
                  .per_block = block_bytes / 64, .row_bytes = B * block_bytes, .width = B * k->block};
   job.quantize = k->bits == 8 ? k->variant->head_quantize8 : k->variant->head_quantize4;
   job.head = k->bits == 8 ? k->variant->head8 : k->variant->head4;
   job.step = ceil_div(1 << 16, job.row_bytes);
-  TRY(open_scratch(k, context, 2 * padded(M * job.width) + padded(M * B * 64) + padded(M * 4),
-                   &scratch));
-  job.hi = take(&scratch, M * job.width);
-  job.lo = take(&scratch, M * job.width);
-  job.offset = take(&scratch, M * B * 64);
-  job.s = take(&scratch, M * 4);
-  BcStatus *status = parallel(k, context, head_quantize_task, M, &job);
-  if (!status) status = parallel(k, context, head_task, ceil_div(k->N, job.step), &job);
+  int64_t widest = job.width > k->N ? job.width : k->N;
+  int64_t most = min64(min64(M, PASS_ROWS), INT32_MAX / widest); /* the kernels' offsets are int32 */
+  int64_t bytes = 2 * padded(most * job.width) + padded(most * B * 64) + padded(most * 4);
+  TRY(open_scratch(k, context, bytes, &scratch));
+  job.hi = take(&scratch, most * job.width);
+  job.lo = take(&scratch, most * job.width);
+  job.offset = take(&scratch, most * B * 64);
+  job.s = take(&scratch, most * 4);
+  BcStatus *status = NULL;
+  for (int64_t m = 0; m < M && !status; m += most) {
+    job.M = min64(most, M - m);
+    job.x = (const float *)in[0].data + m * k->K;
+    job.y = (float *)y.data + m * k->N;
+    status = parallel(k, context, head_quantize_task, job.M, &job);
+    if (!status) status = parallel(k, context, head_task, ceil_div(k->N, job.step), &job);
+  }
   close_scratch(k, &scratch);
   return status;
 }
@@ -517,21 +549,26 @@ static BcStatus *compute_roof(const Kernel *k, BcContext *context) {
 }
 
 static const Spec specs[] = {
-    {"BitLinear", 5, 1u << 1, compute_bit_linear},
-    {"NormBitLinear", 6, 1u << 2, compute_norm_bit_linear},
-    {"BitGLU", 8, 1u << 2 | 1u << 5, compute_bit_glu},
-    {"HeadLinear", 3, 1u << 1, compute_head_linear},
-    {"Roof", 1, 1u << 0, compute_roof},
+    {"BitLinear", 5, 1u << 1, 0, compute_bit_linear},
+    {"NormBitLinear", 6, 1u << 2, 1, compute_norm_bit_linear},
+    {"BitGLU", 8, 1u << 2 | 1u << 5, 1, compute_bit_glu},
+    {"HeadLinear", 3, 1u << 1, 0, compute_head_linear},
+    {"Roof", 1, 1u << 0, 0, compute_roof},
 };
 enum { SPECS = sizeof specs / sizeof *specs };
 
 /* ---- kernel creation ------------------------------------------------------------------------- */
 
-/* An int attribute; `otherwise` where the node has none. */
+/* An int attribute; `otherwise` where the node has none, INT64_MIN (which no check accepts) where it
+ * has a float of that name. */
 static int64_t attribute(const BcApi *api, const BcInfo *info, const char *name, int64_t otherwise) {
   int64_t value = otherwise;
+  float wrong;
   BcStatus *status = ort_KernelInfoGetAttribute_int64(api)(info, name, &value);
   if (!status) return value;
+  ort_ReleaseStatus(api)(status);
+  status = ort_KernelInfoGetAttribute_float(api)(info, name, &wrong);
+  if (!status) return INT64_MIN;
   ort_ReleaseStatus(api)(status);
   return otherwise;
 }
@@ -550,26 +587,38 @@ static BcStatus *check_attributes(const Kernel *k, const BcInfo *info) {
   const char *name = k->spec->name;
   char text[64];
   if (k->spec->compute == compute_roof) return NULL;
-  if (k->K < 1 || k->N < 1 || k->K > MAX_K || k->N > INT32_MAX / 2)
+  if (k->K < 1 || k->N < 1 || k->K > MAX_K || k->N > MAX_N)
     return fail(api, BC_INVALID_ARGUMENT, "bitcompile::%s: K = %lld, N = %lld; K must be 1..%d and N "
-                "1..%d", name, (long long)k->K, (long long)k->N, MAX_K, INT32_MAX / 2);
+                "1..%d", name, (long long)k->K, (long long)k->N, MAX_K, MAX_N);
   if (k->spec->compute == compute_head_linear) {
-    if ((k->bits == 8 || k->bits == 4) && k->block > 0 && k->block * k->bits / 8 % 64 == 0) return NULL;
+    if ((k->bits == 8 || k->bits == 4) && k->block > 0 && k->block <= MAX_BLOCK &&
+        k->block * k->bits % (8 * 64) == 0)
+      return NULL;
     return fail(api, BC_INVALID_ARGUMENT, "bitcompile::%s: bits = %lld, block = %lld; bits must be 8 "
-                "or 4 and a block whole 64-byte chunks", name, (long long)k->bits,
-                (long long)k->block);
+                "or 4 and a block whole 64-byte chunks, at most %d weights", name,
+                (long long)k->bits, (long long)k->block, MAX_BLOCK);
   }
+  if (k->spec->has_norm && !(k->eps >= 0 && k->eps < 1))
+    return fail(api, BC_INVALID_ARGUMENT, "bitcompile::%s: eps = %g; it is a float attribute from 0 to "
+                "1, and required", name, (double)k->eps);
   attribute_text(api, info, "layout", text, sizeof text);
   if (strcmp(text, bc_layout))
     return fail(api, BC_INVALID_ARGUMENT, "bitcompile::%s: weights have layout '%s'; this plugin "
                 "reads '%s': build the artifact for this target", name, text, bc_layout);
-  if (attribute(api, info, "act_bits", 8) != 8 || attribute(api, info, "group_size", 0) != 0)
-    return fail(api, BC_INVALID_ARGUMENT, "bitcompile::%s: this plugin computes act_bits = 8 and "
-                "group_size = 0 only: build the artifact with a bitcompile that has them", name);
+  if (k->act_bits != 8)
+    return fail(api, BC_INVALID_ARGUMENT, "bitcompile::%s: this plugin computes act_bits = 8 only: "
+                "build the artifact with a bitcompile that has others", name);
+  int64_t g = k->group_size; /* 0, or a power of two from 16 to 256: a panel holds whole groups */
+  if (g && (g < TILE_ROWS || g > 256 || (g & (g - 1))))
+    return fail(api, BC_INVALID_ARGUMENT, "bitcompile::%s: group_size = %lld; it must be 0, 16, 32, "
+                "64, 128 or 256", name, (long long)g);
   if (k->spec->compute != compute_bit_glu) return NULL;
-  if (k->F < 1 || k->F > MAX_K)
-    return fail(api, BC_INVALID_ARGUMENT, "bitcompile::%s: F = %lld; it must be 1..%d", name,
-                (long long)k->F, MAX_K);
+  if (k->F < 1 || k->F > MAX_K || k->F2 != 2 * k->F)
+    return fail(api, BC_INVALID_ARGUMENT, "bitcompile::%s: F = %lld, F2 = %lld; F must be 1..%d and F2 "
+                "twice as much", name, (long long)k->F, (long long)k->F2, MAX_K);
+  if (k->sub_norm != 0 && k->sub_norm != 1)
+    return fail(api, BC_INVALID_ARGUMENT, "bitcompile::%s: sub_norm is an int attribute, 0 or 1, and "
+                "required", name);
   attribute_text(api, info, "activation", text, sizeof text);
   for (int i = 0; i < BC_ACTIVATIONS; i++)
     if (!strcmp(text, activations[i])) {
@@ -588,16 +637,21 @@ static BcStatus *BC_CALL create(const BcOp *base, const BcApi *api, const BcInfo
   k->api = api;
   k->variant = op->variant;
   k->spec = op->spec;
+  /* An absent attribute gets the schema's default, or a value that check_attributes refuses. */
   k->K = attribute(api, info, "K", 0);
   k->N = attribute(api, info, "N", 0);
   k->F = attribute(api, info, "F", 0);
+  k->F2 = attribute(api, info, "F2", 0);
+  k->group_size = attribute(api, info, "group_size", 0);
+  k->act_bits = attribute(api, info, "act_bits", 8);
   k->bits = attribute(api, info, "bits", 0);
   k->block = attribute(api, info, "block", 128);
-  k->sub_norm = attribute(api, info, "sub_norm", 0);
+  k->sub_norm = attribute(api, info, "sub_norm", -1);
   k->kind = attribute(api, info, "kind", 0);
   k->steps = attribute(api, info, "steps", 1);
+  k->eps = -1;
   BcStatus *status = ort_KernelInfoGetAttribute_float(api)(info, "eps", &k->eps);
-  if (status) ort_ReleaseStatus(api)(status); /* operators without a norm have none */
+  if (status) ort_ReleaseStatus(api)(status);
   status = check_attributes(k, info);
   for (size_t i = 0; i < k->spec->inputs && !status; i++) {
     int constant = 0;

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bitcompile.targets.tir.dsl import (
     Buffer,
     Expr,
     T,
+    const,
     exact,
     load,
     local,
     splat,
     store,
+    typed,
     when,
 )
 
+Scaled = Callable[[Expr, Expr, Expr, int], Expr]
+"""``(m, n, sums, lanes)`` to outputs without bias and residual."""
+
 PARAMETERS = (
-    ("qsum", "int32*"),  # [M] sum of each quantised row
+    ("qsum", "int32*"),  # [M] or [M, G]: sum of each quantised row (and group)
     ("s", "float32*"),  # [M] its quantisation scale
-    ("w_scale", "float32*"),  # [N]
+    ("w_scale", "float32*"),  # [N], or [tiles, G, 16]
     ("bias", "float32*"),  # [N], read if has_bias
     ("residual", "float32*"),  # [M, ldy], read if has_residual
     ("y", "float32*"),  # [M, ldy]
@@ -28,6 +34,10 @@ PARAMETERS = (
     ("has_bias", "int32"),
     ("has_residual", "int32"),
 )
+
+
+GROUP_SIZES = (("G", "int32"), ("group_blocks", "int32"))
+"""Further parameters of kernels for group-scaled weights: groups, 16-column blocks of a group."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +56,45 @@ class Epilogue:
     has_residual: Expr
 
     def write(self, m: Expr, n: Expr, acc: Expr, lanes: int) -> None:
-        """``y[m, n : n + lanes]`` from ``acc`` (sum of code * q), stopping at ``rows``.
+        """``y[m, n : n + lanes]`` from ``acc``, int32 sums of code * q."""
+        self._store(m, n, acc - splat(self.qsum[m], lanes), lanes, self._rescaled)
+
+    def write_grouped(self, m: Expr, n: Expr, total: Expr, lanes: int) -> None:
+        """``y[m, n : n + lanes]`` from the float32 sums of the groups."""
+        self._store(m, n, total, lanes, self._unscaled)
+
+    def group_part(self, m: Expr, at: Expr, j: Expr, G: Expr, acc: Expr, lanes: int) -> Expr:
+        """What group j adds: its int32 sums of code * q times the scales at ``at``."""
+        whole = T.cast(acc - splat(self.qsum[m * G + j], lanes), typed("float32", lanes))
+        return exact(load(self.w_scale, at, lanes) * whole, lanes)
+
+    def _rescaled(self, m: Expr, n: Expr, acc: Expr, lanes: int) -> Expr:
+        scale = load(self.w_scale, n, lanes) / splat(self.s[m], lanes)
+        return T.cast(acc, typed("float32", lanes)) * scale
+
+    def _unscaled(self, m: Expr, n: Expr, total: Expr, lanes: int) -> Expr:
+        return total * splat(exact(const(1.0, "float32", 1) / self.s[m], 1), lanes)
+
+    def _store(self, m: Expr, n: Expr, value: Expr, lanes: int, scaled: Scaled) -> None:
+        """Finish and store ``lanes`` outputs, stopping at ``rows``.
 
         The full case is vector code; a tail goes through a stack copy, lane by lane, with the same
         roundings.
         """
-        total = local(lanes, "int32")
-        store(total, 0, acc - splat(self.qsum[m], lanes), lanes)
+        dtype = "int32" if scaled == self._rescaled else "float32"
+        held = local(lanes, dtype)
+        store(held, 0, value, lanes)
         with when(n + lanes <= self.rows):
-            self._finish(m, n, load(total, 0, lanes), lanes)
+            self._finish(m, n, scaled(m, n, load(held, 0, lanes), lanes), lanes)
         with when(n + lanes > self.rows):
-            tail = local(lanes, "int32")
-            store(tail, 0, load(total, 0, lanes), lanes)
+            tail = local(lanes, dtype)
+            store(tail, 0, load(held, 0, lanes), lanes)
             with T.serial(self.rows - n) as i:
-                self._finish(m, n + i, tail[i], 1)
+                self._finish(m, n + i, scaled(m, n + i, tail[i], 1), 1)
 
-    def _finish(self, m: Expr, n: Expr, acc: Expr, lanes: int) -> None:
-        dtype = f"float32x{lanes}" if lanes > 1 else "float32"
-        scale = load(self.w_scale, n, lanes) / splat(self.s[m], lanes)
+    def _finish(self, m: Expr, n: Expr, value: Expr, lanes: int) -> None:
         out = local(lanes, "float32")
-        store(out, 0, exact(T.cast(acc, dtype) * scale, lanes), lanes)
+        store(out, 0, exact(value, lanes), lanes)
         at = m * self.ldy + n
         with when(self.has_bias != 0):
             store(out, 0, load(out, 0, lanes) + load(self.bias, n, lanes), lanes)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from bitcompile.targets.tir.dsl import (
     Buffer,
+    Expr,
     T,
     const,
     kernel,
@@ -14,90 +17,150 @@ from bitcompile.targets.tir.dsl import (
     store,
     when,
 )
-from bitcompile.targets.tir.epilogue import PARAMETERS, Epilogue
+from bitcompile.targets.tir.epilogue import GROUP_SIZES, PARAMETERS, Epilogue
 from bitcompile.targets.tir.gemv import OPERANDS, SIZES, broadcast_quad
 from bitcompile.targets.tir.isa import MAX_FIELD, TILE, TILE_ROWS, Isa, field_shifted
 
+QUADS = 4
+"""4-column steps of a 16-column block."""
 
-def gemm(isa: Isa, name: str) -> Any:
-    """``void name(w, q, <epilogue>, tiles, M, KB, panel, partial)`` for one panel of weight rows.
 
-    ``w``: uint8 tiles ``[tiles][KB][64]``, ``tiles`` <= the register tile's; ``q``: int32 view of
-    int8 activations, ``[M rounded up to the register tile's rows, 16 KB]``; ``panel``: uint8
-    workspace of ``panel_bytes(isa)``; ``partial``: int32 workspace of ``partial_values(isa)`` per
-    ``gemm.rows`` activation rows.
+def gemm(isa: Isa, name: str, grouped: bool = False) -> Any:
+    """``void name(w, q, <epilogue>, tiles, M, KB[, G, group_blocks], panel, partial)``.
+
+    One panel of weight rows: ``w`` uint8 tiles ``[tiles][KB][64]``, ``tiles`` <= the register
+    tile's; ``q``: int32 view of int8 activations, ``[M rounded up to the register tile's rows,
+    16 KB]``; ``panel``: uint8 workspace of ``panel_bytes(isa)``; ``partial``: int32 (grouped:
+    float32) workspace of ``partial_values(isa)`` per ``gemm.rows`` activation rows.
 
     Weights are unpacked to one code a byte for ``k_blocks`` columns at a time (the panel stays in
-    L1), every block of activation rows runs over that panel, and int32 sums rest in ``partial``
-    between panels.
+    L1), every block of activation rows runs over that panel, and sums rest in ``partial`` between
+    panels. ``group_blocks`` divides ``k_blocks``.
     """
-    MR, NB, KC = isa.gemm.rows, isa.gemm.tiles, isa.gemm.k_blocks
-    vectors = NB * isa.groups
-    quads = TILE // 4 // 4  # 4-column steps of a 16-column block
-
-    def unpack(w: Buffer, panel: Buffer, tiles: Any, KB: Any, first: Any, count: Any) -> None:
-        """``panel[k4][tile][group][bytes]``: codes of 4 consecutive columns per weight row."""
-        with T.serial(count) as kb:
-            for t in range(NB):
-                # A missing tile repeats the first one: computed, never stored.
-                tile = T.if_then_else(t < tiles, t, 0)
-                for g in range(isa.groups):
-                    v = load(w, (tile * KB + first + kb) * TILE + g * isa.bytes, isa.bytes)
-                    for p in range(MAX_FIELD):
-                        at = ((kb * quads + p) * vectors + t * isa.groups + g) * isa.bytes
-                        store(panel, at, field_shifted(v, p, isa.bytes)[0], isa.bytes)
-
-    def multiply(q: Buffer, panel: Buffer, acc: Buffer, m: Any, KB: Any, first: Any,
-                 count: Any) -> None:  # fmt: skip
-        lanes = isa.acc_lanes
-        for i in range(MR * vectors):
-            store(acc, i * lanes, const(0, isa.acc_dtype, lanes), lanes)
-        with T.serial(count * quads) as k4:
-            for r in range(MR):
-                a = broadcast_quad(q, (m + r) * (KB * quads) + first * quads + k4, isa)
-                for v in range(vectors):
-                    at = (r * vectors + v) * lanes
-                    w = load(panel, (k4 * vectors + v) * isa.bytes, isa.bytes)
-                    store(acc, at, isa.ternary_dot(load(acc, at, lanes), w, a), lanes)
 
     def body(w: Buffer, q: Buffer, *rest: Any) -> None:
         out = Epilogue(*rest[: len(PARAMETERS)])
-        tiles, M, KB, panel, partial = rest[len(PARAMETERS) :]
-        lanes, rows = isa.acc_lanes, isa.rows
-        chunks = T.floordiv(KB + (KC - 1), KC)
+        tiles, M, KB, *sizes, panel, partial = rest[len(PARAMETERS) :]
+        prefill = _Prefill(isa, w, q, out, panel, partial, KB, *sizes)
+        chunks = T.floordiv(KB + (isa.gemm.k_blocks - 1), isa.gemm.k_blocks)
         with T.serial(chunks) as chunk:
-            first = chunk * KC
-            count = T.min(KC, KB - first)
-            unpack(w, panel, tiles, KB, first, count)
-            with T.serial(T.floordiv(M + (MR - 1), MR)) as mt:
-                m = mt * MR
-                acc = local(MR * vectors * lanes, isa.acc_dtype)
-                multiply(q, panel, acc, m, KB, first, count)
-                sums = local(MR * vectors * rows, "int32")
-                for i in range(MR * vectors):
-                    store(sums, i * rows, isa.widen(load(acc, i * lanes, lanes)), rows)
-                rest_at = mt * (MR * vectors * rows)
-                with when(chunk > 0):
-                    for i in range(MR * vectors):
-                        earlier = load(partial, rest_at + i * rows, rows)
-                        store(sums, i * rows, load(sums, i * rows, rows) + earlier, rows)
-                with when(chunk < chunks - 1):
-                    for i in range(MR * vectors):
-                        store(partial, rest_at + i * rows, load(sums, i * rows, rows), rows)
-                with when(chunk == chunks - 1):
-                    for r in range(MR):
-                        with when(m + r < M):
-                            for v in range(vectors):
-                                n = (v // isa.groups) * TILE_ROWS + (v % isa.groups) * rows
-                                with when(n < out.rows):
-                                    total = load(sums, (r * vectors + v) * rows, rows)
-                                    out.write(m + r, n, total, rows)
+            first = chunk * isa.gemm.k_blocks
+            count = T.min(isa.gemm.k_blocks, KB - first)
+            prefill.unpack(tiles, first, count)
+            with T.serial(T.floordiv(M + (isa.gemm.rows - 1), isa.gemm.rows)) as mt:
+                prefill.rows(mt, M, first, count, chunk, chunks)
 
-    return kernel(
-        name,
-        [*OPERANDS, *PARAMETERS, *SIZES, ("panel", "uint8*"), ("partial", "int32*")],
-        body,
-    )
+    extra = GROUP_SIZES if grouped else ()
+    workspace = (("panel", "uint8*"), ("partial", "float32*" if grouped else "int32*"))
+    return kernel(name, [*OPERANDS, *PARAMETERS, *SIZES, *extra, *workspace], body)
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """One kernel's operands; its methods emit the steps of :func:`gemm`."""
+
+    isa: Isa
+    w: Buffer
+    q: Buffer
+    out: Epilogue
+    panel: Buffer
+    partial: Buffer
+    KB: Expr
+    G: Expr = None
+    """Groups of a row, None for one scale a row."""
+    group_blocks: Expr = None
+
+    @property
+    def vectors(self) -> int:
+        """Weight vectors of the register tile."""
+        return self.isa.gemm.tiles * self.isa.groups
+
+    @property
+    def cells(self) -> list[tuple[int, int]]:
+        """(activation row, weight vector) of the register tile."""
+        return [(r, v) for r in range(self.isa.gemm.rows) for v in range(self.vectors)]
+
+    def unpack(self, tiles: Expr, first: Expr, count: Expr) -> None:
+        """``panel[k4][tile][group][bytes]``: codes of 4 consecutive columns per weight row."""
+        isa = self.isa
+        with T.serial(count) as kb:
+            for t in range(isa.gemm.tiles):
+                # A missing tile repeats the first one: computed, never stored.
+                tile = T.if_then_else(t < tiles, t, 0)
+                for g in range(isa.groups):
+                    base = (tile * self.KB + first + kb) * TILE + g * isa.bytes
+                    v = load(self.w, base, isa.bytes)
+                    for p in range(MAX_FIELD):
+                        vector = (kb * QUADS + p) * self.vectors + t * isa.groups + g
+                        code = field_shifted(v, p, isa.bytes)[0]
+                        store(self.panel, vector * isa.bytes, code, isa.bytes)
+
+    def rows(self, mt: Expr, M: Expr, first: Expr, count: Expr, chunk: Expr, chunks: Expr) -> None:
+        """One register tile over one panel: continue its sums, then keep or write them."""
+        lanes, m = self.isa.rows, mt * self.isa.gemm.rows
+        sums = local(len(self.cells) * lanes, "int32" if self.G is None else "float32")
+        zero = const(0, "int32", lanes) if self.G is None else const(0.0, "float32", lanes)
+        at = mt * (len(self.cells) * lanes)
+        for i in range(len(self.cells)):
+            store(sums, i * lanes, zero, lanes)
+        with when(chunk > 0):
+            for i in range(len(self.cells)):
+                store(sums, i * lanes, load(self.partial, at + i * lanes, lanes), lanes)
+        if self.G is None:
+            self._add(sums, m, first, 0, count, lambda i, r, v, total: total)
+        else:
+            self._add_groups(sums, m, first, count)
+        with when(chunk < chunks - 1):
+            for i in range(len(self.cells)):
+                store(self.partial, at + i * lanes, load(sums, i * lanes, lanes), lanes)
+        with when(chunk == chunks - 1):
+            write = self.out.write if self.G is None else self.out.write_grouped
+            for r in range(self.isa.gemm.rows):
+                with when(m + r < M):
+                    for v in range(self.vectors):
+                        n = self._first_row(v)
+                        with when(n < self.out.rows):
+                            at_cell = (r * self.vectors + v) * lanes
+                            write(m + r, n, load(sums, at_cell, lanes), lanes)
+
+    def _first_row(self, v: int) -> int:
+        """Weight row of the first lane of vector ``v``."""
+        return (v // self.isa.groups) * TILE_ROWS + (v % self.isa.groups) * self.isa.rows
+
+    def _add_groups(self, sums: Buffer, m: Expr, first: Expr, count: Expr) -> None:
+        size = self.group_blocks
+        with T.serial(T.floordiv(count + (size - 1), size)) as inner:
+            j = T.floordiv(first, size) + inner
+
+            def part(i: int, r: int, v: int, total: Expr) -> Expr:
+                row = self._first_row(v)
+                tile, lane = row // TILE_ROWS, row % TILE_ROWS
+                at = (tile * self.G + j) * TILE_ROWS + lane
+                return self.out.group_part(m + r, at, j, self.G, total, self.isa.rows)
+
+            self._add(sums, m, first, inner * size, T.min(size, count - inner * size), part)
+
+    def _add(
+        self, sums: Buffer, m: Expr, first: Expr, offset: Expr, count: Expr,
+        part: Callable[[int, int, int, Expr], Expr],
+    ) -> None:  # fmt: skip
+        """``sums += part(products over count blocks)``, from ``offset`` in the panel on."""
+        isa = self.isa
+        lanes, wide = isa.acc_lanes, isa.rows
+        acc = local(len(self.cells) * lanes, isa.acc_dtype)
+        for i in range(len(self.cells)):
+            store(acc, i * lanes, const(0, isa.acc_dtype, lanes), lanes)
+        with T.serial(count * QUADS) as step:
+            k4 = offset * QUADS + step
+            for r in range(isa.gemm.rows):
+                a = broadcast_quad(self.q, (m + r) * (self.KB * QUADS) + first * QUADS + k4, isa)
+                for v in range(self.vectors):
+                    at = (r * self.vectors + v) * lanes
+                    w = load(self.panel, (k4 * self.vectors + v) * isa.bytes, isa.bytes)
+                    store(acc, at, isa.ternary_dot(load(acc, at, lanes), w, a), lanes)
+        for i, (r, v) in enumerate(self.cells):
+            total = part(i, r, v, isa.widen(load(acc, i * lanes, lanes)))
+            store(sums, i * wide, load(sums, i * wide, wide) + total, wide)
 
 
 def panel_bytes(isa: Isa) -> int:

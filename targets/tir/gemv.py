@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from bitcompile.targets.tir.dsl import (
@@ -16,7 +18,7 @@ from bitcompile.targets.tir.dsl import (
     store,
     when,
 )
-from bitcompile.targets.tir.epilogue import PARAMETERS, Epilogue
+from bitcompile.targets.tir.epilogue import GROUP_SIZES, PARAMETERS, Epilogue
 from bitcompile.targets.tir.isa import MAX_FIELD, TILE, TILE_ROWS, Isa
 
 OPERANDS = (("w", "uint8*"), ("q", "int32*"))
@@ -90,72 +92,120 @@ class Accumulators:
         return total
 
 
-def gemv(isa: Isa, name: str) -> Any:
-    """``void name(w, q, <epilogue>, tiles, M, KB)``.
+def gemv(isa: Isa, name: str, grouped: bool = False) -> Any:
+    """``void name(w, q, <epilogue>, tiles, M, KB[, G, group_blocks])``.
 
     ``w``: uint8 tiles ``[tiles][KB][64]`` from the first of ``tiles`` 16-row tiles on; ``q``: int32
     view of int8 activations ``[M, 16 KB]``. Any ``tiles``, ``M`` >= 1.
     """
-    streams = isa.gemv.streams
-
-    def block(w: Buffer, q: Buffer, out: Epilogue, tile: Expr, m: Expr, KB: Expr,
-              streams: int, batch: int) -> None:  # fmt: skip
-        acc = Accumulators(isa, streams, batch)
-
-        def step(kb: Expr) -> None:
-            for t in range(streams):
-                base = ((tile + t) * KB + kb) * TILE
-                if isa.gemv.prefetch_bytes:
-                    prefetch(w, base + isa.gemv.prefetch_bytes, isa.gemv.prefetch_locality)
-                for g in range(isa.groups):
-                    v = load(w, base + g * isa.bytes, isa.bytes)
-                    for p in range(MAX_FIELD):
-                        codes, shift = isa.decode_field(v, p, isa.bytes)
-                        for r in range(batch):
-                            a = broadcast_quad(q, (m + r) * (KB * 4) + kb * 4 + p, isa)
-                            acc.add(t, r, g, shift, codes, a)
-
-        if isa.flush_blocks is None:
-            acc.clear()
-            with T.serial(KB) as kb:
-                step(kb)
-        else:
-            acc.clear(wide=True)
-            span = isa.flush_blocks
-            with T.serial(T.floordiv(KB + (span - 1), span)) as outer:
-                acc.clear()
-                with T.serial(T.min(span, KB - outer * span)) as inner:
-                    step(outer * span + inner)
-                acc.flush()
-        for t in range(streams):
-            for r in range(batch):
-                for g in range(isa.groups):
-                    n = (tile + t) * TILE_ROWS + g * isa.rows
-                    with when(n < out.rows):
-                        out.write(m + r, n, acc.total(t, r, g), isa.rows)
 
     def body(w: Buffer, q: Buffer, *rest: Any) -> None:
         out = Epilogue(*rest[: len(PARAMETERS)])
-        tiles, M, KB = rest[len(PARAMETERS) :]
-        batch = isa.gemv.batch
+        tiles, M, *sizes = rest[len(PARAMETERS) :]
+        decode = _Decode(isa, w, q, out, *sizes)
+        streams, batch = isa.gemv.streams, isa.gemv.batch
         with when(M == 1):
+            with T.serial(T.floordiv(tiles, streams)) as several:
+                decode.block(several * streams, 0, streams, 1)
             if streams > 1:
-                with T.serial(T.floordiv(tiles, streams)) as pair:
-                    block(w, q, out, pair * streams, 0, KB, streams, 1)
-                with T.serial(T.floormod(tiles, streams)) as rest_tile:
-                    first = T.floordiv(tiles, streams) * streams
-                    block(w, q, out, first + rest_tile, 0, KB, 1, 1)
-            else:
-                with T.serial(tiles) as tile:
-                    block(w, q, out, tile, 0, KB, 1, 1)
+                with T.serial(T.floormod(tiles, streams)) as single:
+                    decode.block(T.floordiv(tiles, streams) * streams + single, 0, 1, 1)
         with when(M > 1), T.serial(tiles) as tile:
             with T.serial(T.floordiv(M, batch)) as rows:
-                block(w, q, out, tile, rows * batch, KB, 1, batch)
-            with T.serial(T.floormod(M, batch)) as row:
-                block(w, q, out, tile, T.floordiv(M, batch) * batch + row, KB, 1, 1)
+                decode.block(tile, rows * batch, 1, batch)
+            if batch > 1:
+                with T.serial(T.floormod(M, batch)) as row:
+                    decode.block(tile, T.floordiv(M, batch) * batch + row, 1, 1)
 
-    return kernel(
-        name,
-        [*OPERANDS, *PARAMETERS, *SIZES],
-        body,
-    )
+    extra = GROUP_SIZES if grouped else ()
+    return kernel(name, [*OPERANDS, *PARAMETERS, *SIZES, *extra], body)
+
+
+@dataclass(frozen=True)
+class _Decode:
+    """One kernel's operands; ``block`` emits the code of some tiles and activation rows."""
+
+    isa: Isa
+    w: Buffer
+    q: Buffer
+    out: Epilogue
+    KB: Expr
+    G: Expr = None
+    """Groups of a row, None for one scale a row."""
+    group_blocks: Expr = None
+
+    def block(self, tile: Expr, m: Expr, streams: int, batch: int) -> None:
+        """``streams`` tiles from ``tile`` on times ``batch`` activation rows from ``m`` on."""
+        acc = Accumulators(self.isa, streams, batch)
+        if self.G is None:
+            self._span(acc, tile, m, streams, 0, self.KB)
+            self._each(tile, m, streams, batch, lambda r, n, i: self.out.write(
+                m + r, n, acc.total(*i), self.isa.rows))  # fmt: skip
+        else:
+            self._groups(acc, tile, m, streams, batch)
+
+    def _groups(self, acc: Accumulators, tile: Expr, m: Expr, streams: int, batch: int) -> None:
+        """Group by group: exact sums, then float32 sums over the groups in order."""
+        rows, groups = self.isa.rows, self.isa.groups
+        sums = local(streams * batch * groups * rows, "float32")
+
+        def place(index: tuple[int, int, int]) -> int:
+            t, r, g = index
+            return ((t * batch + r) * groups + g) * rows
+
+        indices = [(t, r, g) for t in range(streams) for r in range(batch) for g in range(groups)]
+        for index in indices:
+            store(sums, place(index), const(0.0, "float32", rows), rows)
+        with T.serial(self.G) as j:
+            first = j * self.group_blocks
+            self._span(acc, tile, m, streams, first, T.min(self.group_blocks, self.KB - first))
+            for index in indices:
+                t, r, g = index
+                at = ((tile + t) * self.G + j) * TILE_ROWS + g * rows
+                part = self.out.group_part(m + r, at, j, self.G, acc.total(*index), rows)
+                store(sums, place(index), load(sums, place(index), rows) + part, rows)
+        self._each(tile, m, streams, batch, lambda r, n, i: self.out.write_grouped(
+            m + r, n, load(sums, place(i), rows), rows))  # fmt: skip
+
+    def _span(
+        self, acc: Accumulators, tile: Expr, m: Expr, streams: int, first: Expr, count: Expr
+    ) -> None:
+        """Accumulate ``count`` 16-column blocks from ``first`` on, from zero."""
+        if self.isa.flush_blocks is None:
+            acc.clear()
+            with T.serial(count) as kb:
+                self._step(acc, tile, m, streams, first + kb)
+            return
+        acc.clear(wide=True)
+        span = self.isa.flush_blocks
+        with T.serial(T.floordiv(count + (span - 1), span)) as outer:
+            acc.clear()
+            with T.serial(T.min(span, count - outer * span)) as inner:
+                self._step(acc, tile, m, streams, first + outer * span + inner)
+            acc.flush()
+
+    def _step(self, acc: Accumulators, tile: Expr, m: Expr, streams: int, kb: Expr) -> None:
+        isa = self.isa
+        for t in range(streams):
+            base = ((tile + t) * self.KB + kb) * TILE
+            if isa.gemv.prefetch_bytes:
+                prefetch(self.w, base + isa.gemv.prefetch_bytes, isa.gemv.prefetch_locality)
+            for g in range(isa.groups):
+                v = load(self.w, base + g * isa.bytes, isa.bytes)
+                for p in range(MAX_FIELD):
+                    codes, shift = isa.decode_field(v, p, isa.bytes)
+                    for r in range(acc.batch):
+                        a = broadcast_quad(self.q, (m + r) * (self.KB * 4) + kb * 4 + p, isa)
+                        acc.add(t, r, g, shift, codes, a)
+
+    def _each(
+        self, tile: Expr, m: Expr, streams: int, batch: int,
+        write: Callable[[int, Expr, tuple[int, int, int]], None],
+    ) -> None:  # fmt: skip
+        """``write(row, n, (stream, row, group))`` for every vector that has valid weight rows."""
+        for t in range(streams):
+            for r in range(batch):
+                for g in range(self.isa.groups):
+                    n = (tile + t) * TILE_ROWS + g * self.isa.rows
+                    with when(n < self.out.rows):
+                        write(r, n, (t, r, g))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 CSRC = Path(bitcompile.custom_ops.csrc.__path__[0])
 TIR = Path(__file__).parent
+NEEDED_BYTES = 32 << 20
+"""Free space a compilation may take."""
 
 
 GENERATORS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
@@ -32,6 +35,9 @@ GENERATORS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
     "norm_quantize": ("rows", "norm_quantize", ()),
     "gemv": ("gemv", "gemv", ()),
     "gemm": ("gemm", "gemm", ()),
+    "gemv_grouped": ("gemv", "gemv", (True,)),
+    "gemm_grouped": ("gemm", "gemm", (True,)),
+    "group_sums": ("rows", "group_sums", ()),
     "glu[BC_RELU2]": ("rows", "glu", ("relu2",)),
     "glu[BC_SILU]": ("rows", "glu", ("silu",)),
     "glu[BC_GELU_TANH]": ("rows", "glu", ("gelu_tanh",)),
@@ -70,8 +76,10 @@ def kernel_table(isas: Sequence[str]) -> tuple[Kernel, ...]:
 
 
 def _table_source(isas: Sequence[Isa], layout: str) -> str:
-    """``kernels.c``: declarations and the variants, best first."""
+    """``kernels.c``: declarations, the variants, best first, and what their schedules must meet."""
+    from bitcompile.packing import GROUP_SIZES
     from bitcompile.targets.tir.gemm import panel_bytes, partial_values
+    from bitcompile.targets.tir.isa import TILE_ROWS
     from bitcompile.targets.tir.roof import DOT_CHAINS
 
     lines = ['#include "kernels.h"', ""]
@@ -79,6 +87,7 @@ def _table_source(isas: Sequence[Isa], layout: str) -> str:
         for field in GENERATORS:
             kind = field.split("[")[0].rstrip("48")
             lines.append(f"bc_{kind}_fn {symbol(field, isa.name)};")
+    asserts: list[str] = []
     lines += ["", f'const char bc_layout[] = "{layout}";', "const bc_variant bc_variants[] = {"]
     for isa in isas:
         values = {
@@ -86,14 +95,20 @@ def _table_source(isas: Sequence[Isa], layout: str) -> str:
             "features": f'"{",".join(isa.features)}"',
             "gemm_rows": isa.gemm.rows,
             "gemm_tiles": isa.gemm.tiles,
-            "panel_bytes": panel_bytes(isa),
-            "partial_values": partial_values(isa),
             "dot_roof_macs": DOT_CHAINS * isa.bytes,
             **{field: symbol(field, isa.name) for field in GENERATORS},
         }
         lines.append("  {" + ", ".join(f".{name} = {value}" for name, value in values.items()))
         lines[-1] += "},"
-    lines += ["};", f"const int bc_variant_count = {len(isas)};", ""]
+        # The C side keeps these workspaces on its stack.
+        fits = {
+            f"{panel_bytes(isa)} <= BC_MAX_PANEL": "panel",
+            f"{partial_values(isa)} * BC_GEMM_BLOCKS <= BC_MAX_PARTIAL": "partial sums",
+            f"{isa.gemm.rows} <= BC_ROW_PAD": "padding rows",
+            f"{isa.gemm.k_blocks * TILE_ROWS % max(GROUP_SIZES)} == 0": "whole groups of a panel",
+        }
+        asserts += [f'_Static_assert({test}, "{isa.name}: {name}");' for test, name in fits.items()]
+    lines += ["};", *asserts, f"const int bc_variant_count = {len(isas)};", ""]
     return "\n".join(lines)
 
 
@@ -154,22 +169,58 @@ def build_plugin(
         raise ToolchainError(
             f'package {error.name} is not installed: pip install "bitcompile[build]"'
         ) from None
-    if (folder / library).exists():
-        return folder / library
+    path = folder / library
+    try:
+        if not _intact(path):
+            _require_space(folder.parent)
+            _compile(isas(), triple, layout, CSRC / cpu, path)
+    except OSError as error:
+        raise ToolchainError(
+            f"cannot use the cache {folder.parent} ({error.strerror}): set BITCOMPILE_CACHE to a "
+            "folder that can be written"
+        ) from error
+    return path
+
+
+def _hash_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _intact(path: Path) -> bool:
+    """Whether a cached library is there and whole: a crash may have left a part of it."""
+    if not path.exists() or not _hash_file(path).exists():
+        return False
+    return hashlib.sha256(path.read_bytes()).hexdigest() == _hash_file(path).read_text("ascii")
+
+
+def _require_space(folder: Path) -> None:
+    """Make the cache folder; raises ToolchainError if its disk is all but full.
+
+    LLVM ends the process when it cannot write an object file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder).free < NEEDED_BYTES:
+        raise ToolchainError(f"no space left in {folder}: free some, or set BITCOMPILE_CACHE")
+
+
+def _compile(isas: Sequence[Isa], triple: str, layout: str, cpu: Path, path: Path) -> None:
+    """Compile and link into a temporary folder, then move the result to ``path``."""
     from bitcompile.targets.tir.objects import compile_object
 
-    variants = isas()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+    path.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as name:
         work = Path(name)
         objects = []
-        for isa in variants:
+        for isa in isas:
             functions = {symbol(field, isa.name): _generate(field, isa) for field in GENERATORS}
             objects.append(work / f"{isa.name}.o")
             compile_object(functions, isa.target, objects[-1])
         table = work / "kernels.c"
-        table.write_text(_table_source(variants, layout))
-        link(triple, objects, [table, CSRC / "plugin.c", CSRC / cpu], work / library)
-        folder.mkdir(exist_ok=True)
-        os.replace(work / library, folder / library)
-    return folder / library
+        table.write_text(_table_source(isas, layout))
+        made = work / path.name
+        link(triple, objects, [table, CSRC / "plugin.c", cpu], made)
+        digest = work / "sha256"
+        digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest(), "ascii")
+        # Two builds may meet here: each leaves a whole library, and both are the same program.
+        os.replace(digest, _hash_file(path))
+        os.replace(made, path)

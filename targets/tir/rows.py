@@ -173,6 +173,26 @@ def quantize(isa: Isa, name: str) -> Any:
     return kernel(name, [*parameters, ("M", "int32"), ("K", "int32"), ("Kp", "int32")], body)
 
 
+def group_sums(isa: Isa, name: str) -> Any:
+    """``void name(q, sums, M, Kp, G, group_blocks)``: sums ``[M, G]`` of int8 ``[M, Kp]``.
+
+    Group j holds the 16-column blocks from ``j * group_blocks`` on; the last may be shorter.
+    """
+
+    def body(q: Buffer, sums: Buffer, M: Expr, Kp: Expr, G: Expr, group_blocks: Expr) -> None:
+        with T.serial(M) as m, T.serial(G) as j:
+            first = j * group_blocks * 16
+            wide = local(LANES, "int32")
+            store(wide, 0, const(0, "int32", LANES), LANES)
+            with T.serial(T.min(group_blocks, T.floordiv(Kp - first, 16))) as block:
+                values = load(q, m * Kp + first + block * 16, LANES)
+                store(wide, 0, load(wide, 0, LANES) + T.cast(values, f"int32x{LANES}"), LANES)
+            store(sums, m * G + j, add_lanes(load(wide, 0, LANES), LANES, lambda a, b: a + b), 1)
+
+    pointers = [("q", "int8*"), ("sums", "int32*")]
+    return kernel(name, pointers + [(n, "int32") for n in ("M", "Kp", "G", "group_blocks")], body)
+
+
 def norm_quantize(isa: Isa, name: str) -> Any:
     """``void name(x, gamma, q, s, qsum, M, K, Kp, eps)``: RMSNorm, then :func:`quantize`."""
 
