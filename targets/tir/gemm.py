@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,17 +97,18 @@ class _Prefill:
     def rows(self, mt: Expr, M: Expr, first: Expr, count: Expr, chunk: Expr, chunks: Expr) -> None:
         """One register tile over one panel: continue its sums, then keep or write them."""
         lanes, m = self.isa.rows, mt * self.isa.gemm.rows
-        sums = local(len(self.cells) * lanes, "int32" if self.G is None else "float32")
-        zero = const(0, "int32", lanes) if self.G is None else const(0.0, "float32", lanes)
         at = mt * (len(self.cells) * lanes)
-        for i in range(len(self.cells)):
-            store(sums, i * lanes, zero, lanes)
-        with when(chunk > 0):
-            for i in range(len(self.cells)):
-                store(sums, i * lanes, load(self.partial, at + i * lanes, lanes), lanes)
+        sums = local(len(self.cells) * lanes, "int32" if self.G is None else "float32")
         if self.G is None:
-            self._add(sums, m, first, 0, count, lambda i, r, v, total: total)
+            # The earlier sums are read after the products: registers hold one tile, not two.
+            acc = self._multiply(m, first, 0, count)
+            for i in range(len(self.cells)):
+                store(sums, i * lanes, self._total(acc, i), lanes)
+            self._add_earlier(sums, at, chunk)
         else:
+            for i in range(len(self.cells)):
+                store(sums, i * lanes, const(0.0, "float32", lanes), lanes)
+            self._add_earlier(sums, at, chunk)
             self._add_groups(sums, m, first, count)
         with when(chunk < chunks - 1):
             for i in range(len(self.cells)):
@@ -127,26 +127,34 @@ class _Prefill:
         """Weight row of the first lane of vector ``v``."""
         return (v // self.isa.groups) * TILE_ROWS + (v % self.isa.groups) * self.isa.rows
 
+    def _add_earlier(self, sums: Buffer, at: Expr, chunk: Expr) -> None:
+        lanes = self.isa.rows
+        with when(chunk > 0):
+            for i in range(0, len(self.cells) * lanes, lanes):
+                earlier = load(self.partial, at + i, lanes)
+                store(sums, i, load(sums, i, lanes) + earlier, lanes)
+
     def _add_groups(self, sums: Buffer, m: Expr, first: Expr, count: Expr) -> None:
-        size = self.group_blocks
+        """Continue float32 sums group by group, in order."""
+        size, lanes = self.group_blocks, self.isa.rows
         with T.serial(T.floordiv(count + (size - 1), size)) as inner:
             j = T.floordiv(first, size) + inner
-
-            def part(i: int, r: int, v: int, total: Expr) -> Expr:
-                row = self._first_row(v)
-                tile, lane = row // TILE_ROWS, row % TILE_ROWS
+            acc = self._multiply(m, first, inner * size, T.min(size, count - inner * size))
+            for i, (r, v) in enumerate(self.cells):
+                tile, lane = divmod(self._first_row(v), TILE_ROWS)
                 at = (tile * self.G + j) * TILE_ROWS + lane
-                return self.out.group_part(m + r, at, j, self.G, total, self.isa.rows)
+                part = self.out.group_part(m + r, at, j, self.G, self._total(acc, i), lanes)
+                store(sums, i * lanes, load(sums, i * lanes, lanes) + part, lanes)
 
-            self._add(sums, m, first, inner * size, T.min(size, count - inner * size), part)
+    def _total(self, acc: Buffer, cell: int) -> Expr:
+        """int32 products of one cell."""
+        lanes = self.isa.acc_lanes
+        return self.isa.widen(load(acc, cell * lanes, lanes))
 
-    def _add(
-        self, sums: Buffer, m: Expr, first: Expr, offset: Expr, count: Expr,
-        part: Callable[[int, int, int, Expr], Expr],
-    ) -> None:  # fmt: skip
-        """``sums += part(products over count blocks)``, from ``offset`` in the panel on."""
+    def _multiply(self, m: Expr, first: Expr, offset: Expr, count: Expr) -> Buffer:
+        """Accumulators of the register tile: ``count`` blocks from ``offset`` in the panel on."""
         isa = self.isa
-        lanes, wide = isa.acc_lanes, isa.rows
+        lanes = isa.acc_lanes
         acc = local(len(self.cells) * lanes, isa.acc_dtype)
         for i in range(len(self.cells)):
             store(acc, i * lanes, const(0, isa.acc_dtype, lanes), lanes)
@@ -158,9 +166,7 @@ class _Prefill:
                     at = (r * self.vectors + v) * lanes
                     w = load(self.panel, (k4 * self.vectors + v) * isa.bytes, isa.bytes)
                     store(acc, at, isa.ternary_dot(load(acc, at, lanes), w, a), lanes)
-        for i, (r, v) in enumerate(self.cells):
-            total = part(i, r, v, isa.widen(load(acc, i * lanes, lanes)))
-            store(sums, i * wide, load(sums, i * wide, wide) + total, wide)
+        return acc
 
 
 def panel_bytes(isa: Isa) -> int:
