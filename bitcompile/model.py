@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from bitcompile.target import Target
+    from bitcompile.target import Kernel, Target
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,6 @@ class Imported:
     source: str
     """Where it came from, for the manifest: a name or id, never an absolute path."""
     language: LanguageModel | None = None
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One row of a plugin's kernel table."""
-
-    name: str
-    """Role in the plugin, such as ``gemv`` or ``norm_quantize``."""
-    isa: str
-    symbol: str
-    """C symbol of the compiled function."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitcompile.model import Kernel
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row of a plugin's kernel table."""
+
+    name: str
+    """Role in the plugin, such as ``gemv`` or ``norm_quantize``."""
+    isa: str
+    symbol: str
+    """C symbol of the compiled function."""
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitcompile.model import Kernel
 from bitcompile.packing import CPU_TILE
-from bitcompile.target import Target
+from bitcompile.target import Kernel, Target
 from bitcompile.targets.toolchain import missing_build_tools
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import bitcompile.custom_ops.csrc
 from bitcompile.errors import ToolchainError
-from bitcompile.model import Kernel
+from bitcompile.target import Kernel
 
 if TYPE_CHECKING:
     from bitcompile.targets.tir.isa import Isa
