@@ -25,6 +25,7 @@ from bitcompile.errors import BitcompileError, InputError, UsageError
 from bitcompile.generate import Sampling, TextModel, run_tensors
 from bitcompile.inspection import aligned, format_report, inspect
 from bitcompile.pipeline import BuildOptions
+from bitcompile.pipeline import export as export_model
 from bitcompile.pipeline import run as run_build
 
 INTERNAL = 5
@@ -94,6 +95,7 @@ class _StatusLine(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
+        self._stream = sys.stderr  # an exporter may redirect it for a while
         self._text = ""
         self._since = time.monotonic()
         self._done = threading.Event()
@@ -108,16 +110,16 @@ class _StatusLine(threading.Thread):
         while not self._done.wait(0.1):
             seconds = time.monotonic() - self._since
             mark = self.FRAMES[frame % len(self.FRAMES)]
-            sys.stderr.write(f"\r\033[K{mark} {self._text} ({seconds:.0f} s)")
-            sys.stderr.flush()
+            self._stream.write(f"\r\033[K{mark} {self._text} ({seconds:.0f} s)")
+            self._stream.flush()
             frame += 1
 
     def stop(self) -> None:
         """Clear the line."""
         self._done.set()
         self.join()
-        sys.stderr.write("\r\033[K")
-        sys.stderr.flush()
+        self._stream.write("\r\033[K")
+        self._stream.flush()
 
 
 # --- options ------------------------------------------------------------------------------------
@@ -193,7 +195,11 @@ def cli() -> None:
 @_json
 @_debug
 def build(model: str, out: Path, as_json: bool, **choices: Any) -> None:
-    """Compile MODEL, a Hugging Face checkpoint folder or hub id, into an artifact."""
+    """Compile MODEL into an artifact.
+
+    MODEL is a Hugging Face checkpoint folder or hub id, an .onnx or .gguf file, or MODULE:FACTORY,
+    a function that returns (module, example_inputs[, dynamic_shapes]) of torch.
+    """
     options = BuildOptions(**choices)
     before = _source_bytes(model)
     start = time.monotonic()
@@ -216,8 +222,9 @@ def build(model: str, out: Path, as_json: bool, **choices: Any) -> None:
 
 
 def _source_bytes(model: str) -> int | None:
-    """Size of a local checkpoint's weights."""
-    files = list(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    """Size of a local checkpoint's weights, or of a file."""
+    path = Path(model)
+    files = list(path.glob("*.safetensors")) if path.is_dir() else [path] * path.is_file()
     return sum(file.stat().st_size for file in files) or None
 
 
@@ -245,6 +252,30 @@ def _print_built(made: Artifact, before: int | None, after: int, seconds: float)
     if made.manifest["language"] is not None:
         rows.append(["try", f'bitcompile run {made.path} --prompt "Once upon a time"'])
     rows.append(["use", f'bitcompile.load("{made.path}"), or see {made.path / "README.md"}'])
+    click.echo("\n".join(aligned(rows)))
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="The .onnx file to write."
+)
+@click.option("--context", type=click.IntRange(min=1), help="Tokens of the KV cache.")
+@click.option("--force", is_flag=True, help="Replace a file that exists.")
+@_debug
+def export(model: str, out: Path, context: int | None, force: bool) -> None:
+    """Write MODEL as one portable .onnx file, which runs in plain onnxruntime.
+
+    MODEL is MODULE:FACTORY, a function that returns (module, example_inputs[, dynamic_shapes]) of
+    torch, or anything that `bitcompile build` takes.
+    """
+    with _progress() as progress:
+        written = export_model(model, out, context=context, force=force, progress=progress)
+    rows = [
+        ["model", f"{written} ({written.stat().st_size / 1e6:,.1f} MB)"],
+        ["use", f"onnxruntime.InferenceSession({str(written)!r})"],
+        ["compile", f"bitcompile build {written} -o OUT"],
+    ]
     click.echo("\n".join(aligned(rows)))
 
 

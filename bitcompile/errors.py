@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a full disk, a used-up quota and a limit on the size of files."""
+
 
 class BitcompileError(Exception):
     """Base of all errors raised on purpose.
@@ -34,3 +42,21 @@ class ToolchainError(BitcompileError):
     """A package, compiler, target or CPU feature that is not available here."""
 
     exit_code = 4
+
+
+def no_space(path: Path) -> ToolchainError:
+    """The error of an output ``path`` that does not fit."""
+    return ToolchainError(f"no space left for {path}: free some, or choose another output")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes an OSError of the block a ToolchainError (no space) or UsageError about ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise no_space(path) from None
+        raise UsageError(
+            f"cannot write {path}: {error.strerror or error}; choose another output"
+        ) from error

@@ -1,18 +1,22 @@
-"""The build: a model becomes an artifact, one line a step."""
+"""The build: a model becomes an artifact, one line a step. :func:`export` stops half-way."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitcompile import artifact as artifacts
 from bitcompile import inspection, passing, verification
 from bitcompile.artifact import Artifact, Progress, silent
-from bitcompile.errors import ToolchainError, UsageError
+from bitcompile.errors import ToolchainError, UsageError, writing
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
     from bitcompile.target import Target
 
 
@@ -24,18 +28,20 @@ class BuildOptions:
     host: str | None = field(
         default=None, metadata={"help": "Triple of the machine that will load the plugin."}
     )
-    head: str = field(
-        default="q8",
+    head: str | None = field(
+        default=None,
         metadata={
             "choices": passing.HEADS,
-            "help": "Embedding and head table: 8 or 4 bits a weight, or floats.",
+            "help": "Embedding and head table: 8 or 4 bits a weight, or floats "
+            "[default: q8; float for torch modules and .onnx files].",
         },
     )
-    logits: str = field(
-        default="last",
+    logits: str | None = field(
+        default=None,
         metadata={
             "choices": passing.LOGITS,
-            "help": "Logits of the last position only, or of all.",
+            "help": "Logits of the last position only, or of all "
+            "[default: last; all for torch modules and .onnx files].",
         },
     )
     layout: str = field(
@@ -61,10 +67,15 @@ class BuildOptions:
         for option in fields(self):
             choices = option.metadata.get("choices")
             value = getattr(self, option.name)
-            if choices and value not in choices:
+            if choices and value not in (*choices, option.default):
                 raise UsageError(f"{option.name} must be one of {', '.join(choices)}, not {value}")
         if self.context is not None and self.context < 1:
             raise UsageError(f"context must be 1 or more, not {self.context}")
+
+    def resolved(self, checkpoint: bool) -> BuildOptions:
+        """With every choice made: checkpoints are made smaller, other graphs keep their meaning."""
+        defaults = ("q8", "last") if checkpoint else ("float", "all")
+        return replace(self, head=self.head or defaults[0], logits=self.logits or defaults[1])
 
     def recorded(self) -> dict[str, Any]:
         """What the manifest keeps: the choices that shape the artifact."""
@@ -72,13 +83,15 @@ class BuildOptions:
 
 
 def build(
-    model: str | Path,
+    model: str | Path | torch.nn.Module,
     target: str = "native",
     *,
     out: str | Path,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
     host: str | None = None,
-    head: str = "q8",
-    logits: str = "last",
+    head: str | None = None,
+    logits: str | None = None,
     layout: str = "auto",
     context: int | None = None,
     verify: bool = True,
@@ -86,18 +99,29 @@ def build(
     force: bool = False,
     progress: Progress = silent,
 ) -> Artifact:
-    """Compile ``model``, a Hugging Face checkpoint folder or hub id, into the folder ``out``.
+    """Compile ``model`` into the folder ``out``.
 
-    The options are those of :class:`BuildOptions`; ``progress`` is called with the name of each
-    phase. Either a whole, verified artifact is written or nothing. Raises UsageError, InputError,
-    ToolchainError or VerificationError (see :mod:`bitcompile.errors`).
+    ``model``: a Hugging Face checkpoint folder or hub id, an ``.onnx`` or ``.gguf`` file,
+    ``MODULE:FACTORY``, or a torch module with ``example_inputs`` (a tensor, or a tuple or dict of
+    arguments) and, if not only first dimensions are dynamic, ``dynamic_shapes`` as
+    ``torch.export.export`` takes them. The other options are those of :class:`BuildOptions`;
+    ``progress`` is called with the name of each phase. Either a whole, verified artifact is
+    written or nothing. Raises UsageError, InputError, ToolchainError or VerificationError (see
+    :mod:`bitcompile.errors`).
     """
     folder = None if dump is None else Path(dump)
     options = BuildOptions(target, host, head, logits, layout, context, verify, folder, force)
-    return run(str(model), Path(out), options, progress)
+    return run(model, Path(out), options, progress, example_inputs, dynamic_shapes)
 
 
-def run(model: str, out: Path, options: BuildOptions, progress: Progress = silent) -> Artifact:
+def run(
+    model: str | Path | torch.nn.Module,
+    out: Path,
+    options: BuildOptions,
+    progress: Progress = silent,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+) -> Artifact:
     """:func:`build` with its choices in one value."""
     from bitcompile.targets import resolve
 
@@ -106,14 +130,21 @@ def run(model: str, out: Path, options: BuildOptions, progress: Progress = silen
     _require_toolchain(target)
 
     # These need the build extra, which the line above has asked for.
-    from bitcompile.frontends import huggingface
+    from bitcompile import frontends
     from bitcompile.lower import lower
     from bitcompile.passes import finishing, pipeline
 
-    imported = huggingface.load(model, options.context, progress)
+    imported = frontends.load(
+        model,
+        options.context,
+        progress,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+    )
+    options = options.resolved(frontends.is_checkpoint(model))
     graph = imported.graph
     progress("rewriting the graph")
-    steps = pipeline(passing.Options(options.head, options.logits))
+    steps = pipeline(passing.Options(str(options.head), str(options.logits)))
     records = passing.run(graph, steps, options.dump)
     progress(f"compiling for {target.name}")
     lowered = lower(graph, target, options.layout)
@@ -131,6 +162,70 @@ def run(model: str, out: Path, options: BuildOptions, progress: Progress = silen
         if options.verify and target.can_run_here() is None:
             made.with_verification(verification.verify(made, progress).to_dict())
     return Artifact.open(out)
+
+
+def export(
+    model: str | Path | torch.nn.Module,
+    out: str | Path,
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    context: int | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Write ``model`` (as :func:`build` takes it) in portable form to the file ``out``.
+
+    The file runs in plain onnxruntime through the functions it carries, and :func:`build` takes
+    it for any target. Models above :data:`INLINE_LIMIT` bytes get a second file, ``out`` with
+    ``.data`` after it. Raises UsageError, InputError or ToolchainError; then nothing is written.
+    """
+    out = Path(out)
+    _check_file(out, force)
+    try:
+        import onnx_ir  # noqa: F401
+    except ImportError:
+        raise ToolchainError('exporting needs pip install "bitcompile[build]"') from None
+    from bitcompile import frontends
+    from bitcompile.passes import finishing
+
+    imported = frontends.load(
+        model, context, progress, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes
+    )
+    passing.run(imported.graph, finishing())
+    progress("writing the model")
+    _save(imported.graph, out)
+    return out
+
+
+INLINE_LIMIT = 1 << 30
+"""Bytes of weights that fit into one ONNX file (protobuf takes less than 2 GiB)."""
+
+
+def _check_file(out: Path, force: bool) -> None:
+    if out.suffix != ".onnx":
+        raise UsageError(f"{out} does not end in .onnx: choose such a name")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"{out.absolute().parent} is not a folder: make it first")
+    if out.is_dir() or (out.exists() and not force):
+        raise UsageError(f"{out} exists: add --force to replace it, or choose another output")
+
+
+def _save(graph: ir.Model, out: Path) -> None:
+    """Write beside ``out`` and rename, so that no half file is left."""
+    import onnx_ir as ir
+
+    tensors = (value.const_value for value in graph.graph.initializers.values())
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    data = f"{out.name}.data" if size > INLINE_LIMIT else None
+    with (
+        writing(out),
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as folder,
+    ):
+        ir.save(graph, Path(folder) / out.name, external_data=data)
+        for name in (data, out.name):
+            if name is not None:
+                (Path(folder) / name).replace(out.with_name(name))
 
 
 def _require_toolchain(target: Target) -> None:

@@ -14,7 +14,7 @@ HEAVY = ("torch", "tvm", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "transf
 
 
 def test_the_public_names() -> None:
-    assert bitcompile.__all__ == ["__version__", "build", "load", "session_options"]
+    assert bitcompile.__all__ == ["__version__", "build", "export", "load", "session_options"]
     for name in bitcompile.__all__:
         assert getattr(bitcompile, name)
     assert bitcompile.__version__.count(".") == 2
