@@ -10,8 +10,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from bitcompile import companions
-from bitcompile.errors import InputError, ToolchainError, UsageError
+from bitcompile.errors import NO_SPACE, InputError, UsageError, no_space, writing
 from bitcompile.opset import MIN_ONNXRUNTIME
 
 if TYPE_CHECKING:
@@ -36,22 +38,86 @@ DATA = "model.onnx.data"
 ALIGNMENT = 16 * 1024
 """Offset alignment of weights in the data file: the largest page size of our targets."""
 
-_SCHEMA: dict[str, type | tuple[type, ...]] = {
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 1 << 63
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int) and 0 < value < 1 << 31
+
+
+def _version(value: Any) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,4})*", value))
+
+
+def _word(value: Any) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch(r"[a-z0-9_-]+", value))
+
+
+_SIZES = dict.fromkeys(("ternary", "head", "other", "total"), _count)
+_SCHEMA: dict[str, Any] = {
     "format": int,
     "bitcompile": str,
     "source": str,
-    "target": dict,
+    "target": {"name": str, "device": str, "host": str, "isas": [_word]},
     "layout": str,
     "library": str,
-    "min_onnxruntime": str,
-    "options": dict,
-    "passes": list,
-    "kernels": list,
-    "inspection": dict,
-    "language": (dict, type(None)),
-    "verification": (dict, type(None)),
-    "files": dict,
+    "min_onnxruntime": _version,
+    "options": {"head": ("q8", "q4", "float")},
+    "passes": [dict],
+    "kernels": [dict],
+    "inspection": {
+        "ops": {str: _count},
+        "nodes_per_layer": (None, _count),
+        "bytes": _SIZES,
+        "parameters": _SIZES,
+        "inputs": {str: list},
+        "outputs": {str: list},
+    },
+    "language": (
+        None,
+        {
+            "vocab_size": _positive,
+            "context_length": _positive,
+            "hidden_size": _positive,
+            "num_layers": _positive,
+            "num_heads": _positive,
+            "num_kv_heads": _positive,
+            "head_size": _positive,
+        },
+    ),
+    "verification": (None, {"summary": str}),
+    "files": {str: {"bytes": _count, "sha256": str}},
 }
+"""What a manifest must hold for the code that reads it.
+
+A kind is a type, a predicate, a tuple of alternatives (kinds or exact values), a list of one kind
+for every element, or a dict: ``str`` stands for any key, a name for one that must be there.
+"""
+
+
+def _misfit(value: Any, kind: Any, at: str) -> str | None:
+    """Where ``value``, itself at ``at``, first is not of its kind; None if it is everywhere."""
+    if isinstance(kind, tuple):
+        found = [_misfit(value, choice, at) for choice in kind]
+        return None if None in found else found[-1]
+    if isinstance(kind, list):
+        if not isinstance(value, list):
+            return at
+        pairs = [(f"{at}[{i}]", item, kind[0]) for i, item in enumerate(value)]
+    elif isinstance(kind, dict):
+        if not isinstance(value, dict):
+            return at
+        names = value if str in kind else kind
+        pairs = [(f"{at}.{k}", value.get(k), kind.get(k, kind.get(str))) for k in names]
+    else:
+        if isinstance(kind, type):
+            good = isinstance(value, kind)
+        else:
+            good = kind(value) if callable(kind) else value == kind
+        return None if good else at
+    return next((m for where, item, k in pairs if (m := _misfit(item, k, where))), None)
 
 
 def silent(_: str) -> None:
@@ -72,13 +138,14 @@ class Artifact:
         Raises InputError if it is no artifact, or one this version cannot read.
         """
         folder = Path(path)
-        if not folder.is_dir():
-            raise InputError(f"no artifact at {folder}: `bitcompile build MODEL -o {folder}`")
         try:
+            if not folder.is_dir():
+                raise InputError(f"no artifact at {folder}: `bitcompile build MODEL -o {folder}`")
             manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+            json.dumps(manifest, ensure_ascii=False).encode("utf-8")  # refuses lone surrogates
         except FileNotFoundError:
             raise InputError(f"{folder} is not an artifact: it has no {MANIFEST}") from None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise InputError(f"{folder / MANIFEST} is unreadable: {error}; build again") from None
         _validate(folder, manifest)
         return cls(folder, manifest)
@@ -96,13 +163,13 @@ class Artifact:
     def check_sizes(self) -> None:
         """Raises InputError if a file of the manifest is missing or has another size."""
         for name, entry in self.manifest["files"].items():
-            try:
-                size = (self.path / name).stat().st_size
-            except FileNotFoundError:
-                raise InputError(f"{self.path} lacks {name}: build or copy it again") from None
-            if size != entry["bytes"]:
+            with self._reading(name):
+                status = (self.path / name).stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError(f"{self.path / name} is not a file: build or copy it again")
+            if status.st_size != entry["bytes"]:
                 raise InputError(
-                    f"{self.path / name} has {size} bytes instead of {entry['bytes']}: "
+                    f"{self.path / name} has {status.st_size} bytes instead of {entry['bytes']}: "
                     "build or copy the artifact again"
                 )
 
@@ -111,11 +178,22 @@ class Artifact:
         self.check_sizes()
         for name, entry in self.manifest["files"].items():
             progress(f"checking {name}")
-            if sha256(self.path / name) != entry["sha256"]:
+            with self._reading(name):
+                found = sha256(self.path / name)
+            if found != entry["sha256"]:
                 raise InputError(
                     f"{self.path / name} is corrupted (SHA-256 differs from {MANIFEST}): "
                     "build or copy the artifact again"
                 )
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{self.path} lacks {name}: build or copy it again") from None
+        except OSError as error:
+            raise InputError(f"cannot read {self.path / name}: {error.strerror}") from None
 
     def with_verification(self, report: Mapping[str, Any]) -> Artifact:
         """The artifact with ``report`` written into its manifest."""
@@ -131,33 +209,20 @@ def _validate(folder: Path, manifest: Any) -> None:
     if manifest["format"] != FORMAT:
         raise InputError(
             f"{where} has format {manifest['format']}, this bitcompile reads {FORMAT}: "
-            f"build again, or use bitcompile {manifest.get('bitcompile', 'of that time')}"
+            "build again, or use the bitcompile that wrote it"
         )
     for key, kind in _SCHEMA.items():
         if key not in manifest:
             raise InputError(f"{where} lacks {key!r}: build the artifact again")
-        if not isinstance(manifest[key], kind):
-            raise InputError(f"{where}: {key!r} has the wrong type; build the artifact again")
-    for key in ("name", "device", "host"):
-        if not isinstance(manifest["target"].get(key), str):
-            raise InputError(f"{where}: target lacks {key!r}; build the artifact again")
-    for name, entry in manifest["files"].items():
-        _validate_file(where, name, entry)
+        if misfit := _misfit(manifest[key], kind, key):
+            raise InputError(f"{where}: {misfit!r} is missing or damaged; build the artifact again")
+    for name in manifest["files"]:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not name.isprintable():
+            raise InputError(f"{where} names a file outside the artifact: {name!r}")
     for name in (MODEL, manifest["library"]):
         if name not in manifest["files"]:
-            raise InputError(f"{where} does not list {name}: build the artifact again")
-
-
-def _validate_file(where: Path, name: str, entry: Any) -> None:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise InputError(f"{where} names a file outside the artifact: {name}")
-    if (
-        not isinstance(entry, dict)
-        or not isinstance(entry.get("bytes"), int)
-        or not isinstance(entry.get("sha256"), str)
-    ):
-        raise InputError(f"{where}: the entry of {name} is damaged; build the artifact again")
+            raise InputError(f"{where} does not list {name!r}: build the artifact again")
 
 
 def sha256(path: Path) -> str:
@@ -171,60 +236,122 @@ def check_output(out: Path, force: bool) -> None:
 
     ``force`` replaces an artifact or an empty folder, never anything else.
     """
-    parent = out.absolute().parent
-    if not parent.is_dir():
-        raise UsageError(f"{parent} is not a folder: make it first, or choose another output")
-    if not os.access(parent, os.W_OK):
-        raise UsageError(f"cannot write to {parent}: choose another output")
-    if not os.path.lexists(out):
-        return
-    if not force:
-        raise UsageError(f"{out} exists: add --force to replace it, or choose another output")
-    ours = out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
-    if out.is_symlink() or not ours:
-        raise UsageError(f"{out} is not an artifact, so --force does not replace it: remove it")
+    with writing(out):
+        parent = out.absolute().parent
+        if not parent.is_dir():
+            raise UsageError(f"{parent} is not a folder: make it first, or choose another output")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise UsageError(f"cannot write to {parent}: choose another output")
+        try:
+            out.lstat()
+        except FileNotFoundError:
+            return
+        if not force:
+            raise UsageError(f"{out} exists: add --force to replace it, or choose another output")
+        ours = out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
+        if out.is_symlink() or not ours:
+            raise UsageError(f"{out} is not an artifact, so --force does not replace it: remove it")
 
 
 @contextmanager
 def staged(out: Path, force: bool = False) -> Iterator[Path]:
     """A new folder beside ``out`` that becomes ``out`` when the block ends.
 
-    If the block raises anything, the folder is removed and ``out`` is as it was. Raises UsageError
-    as :func:`check_output`, ToolchainError if the disk is full.
+    If the block raises anything, the folder is removed and ``out`` is as it was; a signal at the
+    very end may leave the new one. Raises UsageError as :func:`check_output`, ToolchainError if the
+    disk is full.
     """
     check_output(out, force)
     final = out.absolute()
-    folder = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    folder = final.with_name(f".bitcompile.{secrets.token_hex(4)}.tmp")
     try:
-        folder.mkdir()
+        with writing(final):
+            folder.mkdir()
         yield folder
-        check_output(out, force)  # a build takes minutes: somebody else may have been faster
-        _publish(folder, final)
+        with writing(final):
+            _publish(folder, final, force)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _no_space(final) from None
+        if error.errno in NO_SPACE:
+            raise no_space(final) from None
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
 
 
-def _no_space(final: Path) -> ToolchainError:
-    return ToolchainError(f"no space left in {final.parent}: free some, or choose another output")
+RACES = 10
+"""Tries to take a name that other builds also write."""
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+"""Error numbers of renaming a folder to a name that is not free."""
 
 
-def _publish(folder: Path, final: Path) -> None:
-    """Rename ``folder`` to ``final``; an older artifact there is put back if that fails."""
-    if not final.exists():
-        folder.rename(final)
+def _publish(folder: Path, final: Path, force: bool) -> None:
+    """Make ``folder`` what is at ``final``; of builds at the same time the last one stays."""
+    for _ in range(RACES):
+        check_output(final, force)  # a build takes minutes: somebody else may have been faster
+        try:
+            if final.exists():
+                _replace(final, folder)
+            else:
+                folder.rename(final)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, *TAKEN):
+                raise
+        else:
+            return
+    raise UsageError(f"other builds keep writing {final}: wait for them, or choose another output")
+
+
+def _replace(final: Path, folder: Path) -> None:
+    """Put ``folder`` at ``final``, whose old folder goes or stands at ``folder``.
+
+    However this ends, also by a signal, one of the two is at ``final``.
+    """
+    if _exchange(final, folder):
         return
     old = folder.with_suffix(".old")
-    final.rename(old)
     try:
+        final.rename(old)
         folder.rename(final)
-    except BaseException:
+    finally:
+        _settle(old, final)
+
+
+def _settle(old: Path, final: Path) -> None:
+    """Put ``old`` back to ``final`` if that name is free, else remove it."""
+    try:
         old.rename(final)
+    except FileNotFoundError:  # it was never moved away
+        return
+    except OSError as error:
+        if error.errno not in TAKEN:
+            raise
+        _remove(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step (Linux's renameat2); False where the system cannot."""
+    import ctypes
+
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL):  # the kernel or the file system has no exchange
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder if it is there, to the end also when a signal comes meanwhile."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write(
@@ -247,7 +374,7 @@ def write(
     tensors = (value.const_value for value in lowered.graph.graph.initializers.values())
     weights = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     if shutil.disk_usage(folder).free < weights + lowered.library.stat().st_size:
-        raise _no_space(folder)
+        raise no_space(folder.parent)
     progress("writing weights")
     _save_model(folder, lowered)
     library = lowered.target.library

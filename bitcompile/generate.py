@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
-from collections.abc import Iterator
+import os
+import secrets
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import numpy.typing as npt
 
 from bitcompile import runtime
 from bitcompile.artifact import Artifact
-from bitcompile.errors import InputError, ToolchainError, UsageError
+from bitcompile.errors import InputError, ToolchainError, UsageError, writing
 
 _ELEMENTS: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -83,17 +86,13 @@ class TextModel:
         runtime.require_host(artifact)
         self.context = int(artifact.manifest["language"]["context_length"])
         self._path = artifact.path
-        config = self._genai.Config(str(artifact.path.absolute()))
-        if threads is not None:
-            options = {"intra_op_num_threads": threads}
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        try:
+        with _calling_genai(f"load {artifact.path}"):
+            config = self._genai.Config(str(artifact.path.absolute()))
+            if threads is not None:
+                options = {"intra_op_num_threads": threads}
+                config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
             self._model = self._genai.Model(config)
             self._tokenizer = self._genai.Tokenizer(self._model)
-        except Exception as error:  # onnxruntime-genai raises bare RuntimeErrors
-            raise InputError(
-                f"onnxruntime-genai cannot load {artifact.path}: {runtime.one_line(error)}"
-            ) from error
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         """Tokens int32 ``[n]`` of a prompt, with the special tokens Hugging Face would add."""
@@ -108,7 +107,7 @@ class TextModel:
             text = self._tokenizer.apply_chat_template(
                 json.dumps(messages), add_generation_prompt=True
             )
-        except Exception as error:  # see __init__
+        except Exception as error:  # see _calling_genai
             raise InputError(
                 f"cannot chat with {self._path}: {runtime.one_line(error)} "
                 "Its tokenizer needs a chat template; use --prompt"
@@ -127,7 +126,8 @@ class TextModel:
         # The KV cache is allocated whole, so it is made no longer than this answer can be.
         limit = min(self.context, len(tokens) + sampling.tokens)
         generator = self._generator(limit, sampling)
-        generator.append_tokens(tokens)
+        with _calling_genai("read the prompt"):
+            generator.append_tokens(tokens)
         yield from self._generate(generator, sampling.tokens)
 
     def chat(self, sampling: Sampling) -> Chat:
@@ -135,13 +135,15 @@ class TextModel:
         return Chat(self, sampling)
 
     def _encode(self, text: str, special: bool) -> npt.NDArray[np.int32]:
-        self._tokenizer.update_options(add_special_tokens="true" if special else "false")
-        return np.asarray(self._tokenizer.encode(text), np.int32)
+        with _calling_genai("encode the text"):
+            self._tokenizer.update_options(add_special_tokens="true" if special else "false")
+            return np.asarray(self._tokenizer.encode(text), np.int32)
 
     def _generator(self, length: int, sampling: Sampling) -> Any:
-        params = self._genai.GeneratorParams(self._model)
-        params.set_search_options(max_length=length, **sampling.options())
-        return self._genai.Generator(self._model, params)
+        with _calling_genai(f"make a KV cache of {length} tokens"):
+            params = self._genai.GeneratorParams(self._model)
+            params.set_search_options(max_length=length, **sampling.options())
+            return self._genai.Generator(self._model, params)
 
     def _generate(self, generator: Any, limit: int) -> Iterator[str]:
         """Up to ``limit`` tokens as text; ends early at an end token or a full context."""
@@ -149,8 +151,9 @@ class TextModel:
         for _ in range(limit):
             if generator.is_done():
                 return
-            generator.generate_next_token()
-            piece = stream.decode(int(generator.get_next_tokens()[0]))
+            with _calling_genai("generate"):
+                generator.generate_next_token()
+                piece = stream.decode(int(generator.get_next_tokens()[0]))
             if piece:
                 yield piece
 
@@ -202,9 +205,19 @@ class Chat:
         length = max(min(len(held), len(tokens)) - 1, 0)
         same = held[:length] == tokens[:length]
         common = length if same.all() else int(np.argmin(same))
-        if len(held):
-            self._generator.rewind_to(common)
-        self._generator.append_tokens(tokens[common:])
+        with _calling_genai("read the message"):
+            if len(held):
+                self._generator.rewind_to(common)
+            self._generator.append_tokens(tokens[common:])
+
+
+@contextmanager
+def _calling_genai(action: str) -> Iterator[None]:
+    """Makes an error of onnxruntime-genai, which raises bare RuntimeErrors, an InputError."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"onnxruntime-genai cannot {action}: {runtime.one_line(error)}") from error
 
 
 def _import_genai() -> Any:
@@ -223,8 +236,10 @@ def run_tensors(
     """Run the arrays of the ``.npz`` file ``source`` and save the outputs in ``destination``.
 
     Returns output name to shape. Raises InputError for an unreadable file, or an array whose
-    name, dtype or shape the model does not take.
+    name, dtype or shape the model does not take; UsageError or ToolchainError if ``destination``
+    cannot be written.
     """
+    destination = _output_file(destination)
     arrays = _read_npz(source)
     session = runtime.load(artifact.path, threads=threads)
     _check_inputs(arrays, session.get_inputs())
@@ -233,19 +248,27 @@ def run_tensors(
         results = session.run(names, arrays)
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         raise InputError(f"onnxruntime refused {source}: {runtime.one_line(error)}") from error
-    _write_npz(destination, dict(zip(names, results, strict=True)))
-    return {name: tuple(y.shape) for name, y in zip(names, results, strict=True)}
+    outputs = dict(zip(names, results, strict=True))
+    for name, y in outputs.items():
+        if not isinstance(y, np.ndarray) or y.dtype == object:
+            raise InputError(f"output {name!r} is no array of numbers: run it from Python")
+    _write_npz(destination, outputs)
+    return {name: y.shape for name, y in outputs.items()}
 
 
 def _read_npz(source: Path) -> dict[str, npt.NDArray[Any]]:
     try:
         loaded = np.load(source, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise InputError(f"{source} is a single array: save named ones with numpy.savez")
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError) as error:
+        single = not isinstance(loaded, np.lib.npyio.NpzFile)
+        arrays = {} if single else {name: loaded[name] for name in loaded.files}
+    except Exception as error:  # a damaged file may fail in numpy, zipfile, zlib, struct, ...
         raise InputError(f"cannot read {source}: {runtime.one_line(error)}") from error
+    if single:
+        raise InputError(f"{source} is a single array: save named ones with numpy.savez")
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"{name!r} in {source} is no array: save it with numpy.savez")
+    return arrays
 
 
 def _check_inputs(arrays: dict[str, npt.NDArray[Any]], declared: list[Any]) -> None:
@@ -268,12 +291,31 @@ def _check_inputs(arrays: dict[str, npt.NDArray[Any]], declared: list[Any]) -> N
             raise InputError(f"input {i.name!r} has shape {list(array.shape)}, not {i.shape}")
 
 
-def _write_npz(destination: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
+def _output_file(destination: Path) -> Path:
+    """The file that ``destination`` stands for; raises UsageError unless it can be written."""
+    with writing(destination):
+        target = Path(os.path.realpath(destination))
+        if not target.parent.is_dir():
+            raise UsageError(f"cannot write {destination}: {target.parent} is not a folder")
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise UsageError(f"cannot write {destination}: {target.parent} is not writable")
+        if target.exists() and not target.is_file():
+            raise UsageError(f"cannot write {destination}: it is no regular file")
+    return target
+
+
+def _write_npz(destination: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """What ``numpy.savez`` writes, for arrays of any name; all of it, or the file stays as it was.
+
+    Raises UsageError or ToolchainError if it cannot be written.
+    """
+    new = destination.with_name(f".bitcompile.{secrets.token_hex(4)}.tmp")
     try:
-        with destination.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            destination.unlink(missing_ok=True)
-            raise ToolchainError(f"no space left for {destination}: free some") from None
-        raise UsageError(f"cannot write {destination}: {error.strerror}") from error
+        with writing(destination):
+            with zipfile.ZipFile(new, "x") as archive:
+                for name, array in arrays.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, array, allow_pickle=False)
+            new.replace(destination)
+    finally:
+        new.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from bitcompile.custom_ops import OPS
-from bitcompile.errors import BitcompileError, UsageError
+from bitcompile.errors import BitcompileError, UsageError, writing
 from bitcompile.opset import DOMAIN
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def run(
 
     ``dump`` is a directory that receives ``NN-<pass>.txt`` after each pass (see :func:`listing`),
     NN counted from ``first``, and ``00-start.txt`` if ``first`` is 1. Raises BitcompileError if a
-    pass breaks the graph, and what the passes raise.
+    pass breaks the graph, UsageError or ToolchainError if ``dump`` cannot be written, and what the
+    passes raise.
     """
     before = _invariants(model)
     _dump(model, dump if first == 1 else None, "00-start")
@@ -169,7 +170,9 @@ def _typed(value: ir.Value) -> str:
 
 
 def _dump(model: ir.Model, folder: Path | None, name: str) -> None:
-    if folder is not None:
+    if folder is None:
+        return
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.txt").write_text(listing(model), encoding="utf-8")
 

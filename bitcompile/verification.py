@@ -8,6 +8,7 @@ through its fallback functions.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bitcompile import runtime
-from bitcompile.artifact import Artifact, Progress, silent
+from bitcompile.artifact import MANIFEST, Artifact, Progress, silent
 from bitcompile.custom_ops import OPS
-from bitcompile.errors import InputError, ToolchainError, VerificationError
+from bitcompile.errors import BitcompileError, InputError, ToolchainError, VerificationError
 from bitcompile.numerics import F32
 from bitcompile.opset import DOMAIN, Attribute, OpDef
 from bitcompile.packing import layout
@@ -44,6 +45,7 @@ one weight scale, under 1 % of the RMS of any row that sums 64 or more products.
 """
 FALLBACK_TOLERANCE = 1e-4
 """The same where a fallback function only sums in another order."""
+FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")
 TOKENS = 9
 """Tokens of the whole-model comparison: a prompt of all but one, then one decode step."""
 
@@ -100,6 +102,8 @@ def verify(
     start = time.monotonic()
     artifact.check_hashes(progress)
     model = _open(artifact)
+    progress("checking constants")
+    _check_constants(model)
     with _isa(isa):
         runtime.session_options(artifact.path, plugin=plugin)  # fails early and clearly
         nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type in OPS]
@@ -113,6 +117,8 @@ def verify(
         if skipped is None:
             progress("verifying the whole model")
             cosine = _compare_whole(artifact)
+            if cosine is None:
+                skipped = "not compared, it has no float32 output"
     return Report(tuple(reports), isa, cosine, skipped, round(time.monotonic() - start, 3))
 
 
@@ -123,22 +129,109 @@ def _open(artifact: Artifact) -> ir.Model:
         raise ToolchainError(
             'verifying needs the onnx packages: pip install "bitcompile[build]"'
         ) from None
-    return ir.load(artifact.model)
+    try:
+        model = ir.load(artifact.model)
+    except Exception as error:  # protobuf's errors have no public base
+        raise InputError(
+            f"{artifact.model} is not a readable ONNX model: build the artifact again"
+        ) from error
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = _resolved(artifact, value.const_value)
+    return model
+
+
+def _resolved(artifact: Artifact, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+    """``tensor`` with the real location of its data, which may be linked, as in hub caches.
+
+    Raises InputError for data that is not the artifact's, or where onnxruntime would not read it.
+    """
+    import onnx_ir as ir
+
+    if str(tensor.location) not in artifact.manifest["files"]:
+        raise InputError(
+            f"{artifact.model} has weights in {str(tensor.location)!r}, which {MANIFEST} does not "
+            "list: build the artifact again"
+        )
+    linked = artifact.path / tensor.location
+    real = linked.resolve()
+    homes = (artifact.path.resolve(), artifact.model.resolve().parent)
+    if not any(real.is_relative_to(home) for home in homes):
+        raise InputError(
+            f"{linked} is a link to another folder, which onnxruntime does not follow: copy the "
+            "file, or make a hard link"
+        )
+    return ir.ExternalTensor(
+        real.name,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name,
+        base_dir=real.parent,
+    )
+
+
+def _array(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:
+    """The values of a tensor, mapped if they are external: onnx_ir refuses files with two names.
+
+    Raises InputError if the file is shorter than the tensor.
+    """
+    import onnx_ir as ir
+
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor.numpy()
+    try:
+        return np.memmap(
+            tensor.path, tensor.dtype.numpy(), "r", tensor.offset or 0, tuple(tensor.shape.numpy())
+        )
+    except (ValueError, OSError) as error:
+        raise InputError(
+            f"{tensor.path} does not hold {tensor.name!r} ({runtime.one_line(error)}): "
+            "build the artifact again"
+        ) from error
+
+
+def _check_constants(model: ir.Model) -> None:
+    """Raises InputError at the first constant that poisons results: NaN anywhere, Inf in ours.
+
+    Both would compare as equal below. Other operators may read an infinity, as attention masks do.
+    """
+    for node in model.graph:
+        op = OPS.get(node.op_type) if node.domain == DOMAIN else None
+        names = [i.name for i in op.inputs] if op else [v.name if v else "" for v in node.inputs]
+        for name, value in zip(names, node.inputs, strict=False):
+            tensor = value.const_value if value is not None else None
+            if tensor is None or tensor.dtype.name not in FLOATS or not tensor.size:
+                continue
+            array = _array(tensor)
+            with np.errstate(invalid="ignore"):
+                ends = float(array.min()), float(array.max())  # hand on NaN, and need no copy
+            if not np.isfinite(ends).all() and (op or np.isnan(ends).any()):
+                raise InputError(
+                    f"{name!r} of {_title(node)} holds values that are not finite: the model it "
+                    "was built from is damaged"
+                )
+
+
+_ISA_LOCK = threading.RLock()
+"""The environment is the whole process's: one verification at a time."""
 
 
 @contextmanager
 def _isa(isa: str | None) -> Iterator[None]:
     """BITCOMPILE_ISA set to ``isa`` for a while: a plugin reads it when it is registered."""
-    before = os.environ.get("BITCOMPILE_ISA")
-    if isa is not None:
-        os.environ["BITCOMPILE_ISA"] = isa
-    try:
-        yield
-    finally:
+    with _ISA_LOCK:
+        before = os.environ.get("BITCOMPILE_ISA")
         if isa is not None:
-            os.environ.pop("BITCOMPILE_ISA")
-            if before is not None:
-                os.environ["BITCOMPILE_ISA"] = before
+            os.environ["BITCOMPILE_ISA"] = isa
+        try:
+            yield
+        finally:
+            if isa is not None:
+                os.environ.pop("BITCOMPILE_ISA", None)
+                if before is not None:
+                    os.environ["BITCOMPILE_ISA"] = before
 
 
 # --- one operator -------------------------------------------------------------------------------
@@ -148,16 +241,16 @@ def _check_node(artifact: Artifact, model: ir.Model, node: ir.Node, plugin: bool
     op = OPS[node.op_type]
     attributes = op.complete({name: a.value for name, a in node.attributes.items()})
     constants = {
-        i.name: value.const_value.numpy()
-        for i, value in zip(op.inputs, node.inputs, strict=True)
+        name: _array(value.const_value)
+        for name, value in op.named(node.inputs).items()
         if value is not None and value.const_value is not None
     }
-    feeds = {
-        i.name: _residual(attributes) if i.name == "residual" else _activations(attributes)
-        for i in op.inputs
-        if i.name not in constants
-    }
     try:
+        feeds = {
+            i.name: _residual(attributes) if i.name == "residual" else _activations(attributes)
+            for i in op.inputs
+            if i.name not in constants
+        }
         expected = _reference(op, {**constants, **feeds}, attributes)
     except (InputError, ValueError) as error:
         raise VerificationError(
@@ -165,9 +258,14 @@ def _check_node(artifact: Artifact, model: ir.Model, node: ir.Node, plugin: bool
             f"({runtime.one_line(error)}): build the artifact again"
         ) from error
     session = _node_session(artifact, model, node, op, plugin)
-    measured = np.concatenate(
-        [_run(session, feeds, slice(ROWS)), _run(session, feeds, slice(ROWS, ROWS + 1))]
-    )
+    try:
+        measured = np.concatenate(
+            [_run(session, feeds, slice(ROWS)), _run(session, feeds, slice(ROWS, ROWS + 1))]
+        )
+    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        raise VerificationError(
+            f"{_title(node)} does not run: {runtime.one_line(error)}"
+        ) from error
     return _compare(node, attributes, measured, expected, plugin)
 
 
@@ -213,23 +311,27 @@ def _rows(name: str, value: Any, attributes: Mapping[str, Attribute], begin: int
     """What output features ``begin`` to ``end`` (multiples of any tile) need of one input."""
     if name in ("x", "gamma") or value.ndim == 0:
         return value
-    if name == "w":
-        tile = layout(str(attributes["layout"])).tile_n
-        return value[begin // tile : -(-end // tile)]
     if name == "residual":
         return value[..., begin:end]
-    return value[begin:end]  # w_scale, bias, table, scale
+    # Scales of groups lie in tiles like the weights; w_scale of rows, bias, table and scale do not.
+    tiled = name == "w" or (name == "w_scale" and attributes["group_size"])
+    tile = layout(str(attributes["layout"])).tile_n if tiled else 1
+    return value[begin // tile : -(-end // tile)]
 
 
 def _node_session(
     artifact: Artifact, model: ir.Model, node: ir.Node, op: OpDef, plugin: bool
 ) -> Any:
     """A session of ``node`` alone that maps the artifact's data file."""
+    import onnx_ir as ir
     import onnxruntime
 
     options = runtime.session_options(artifact.path, plugin=plugin)
+    values = (value.const_value for value in node.inputs if value is not None)
+    folders = (str(t.base_dir) for t in values if isinstance(t, ir.ExternalTensor))
     options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(artifact.path.absolute())
+        "session.model_external_initializers_file_folder_path",
+        next(folders, str(artifact.path.absolute())),
     )
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
@@ -348,10 +450,12 @@ def _too_big(artifact: Artifact) -> str | None:
     return f"not compared, the fallback functions would unpack {need / 1e9:.1f} GB"
 
 
-def _compare_whole(artifact: Artifact) -> float:
+def _compare_whole(artifact: Artifact) -> float | None:
     """Least cosine of any output row, plugin against functions; raises VerificationError."""
     fast = _evaluate(artifact, plugin=True)
     slow = _evaluate(artifact, plugin=False)
+    if not fast:
+        return None
     cosine = min(_cosine(a, b) for a, b in zip(fast, slow, strict=True))
     if not cosine >= COSINE:
         raise VerificationError(
@@ -373,10 +477,24 @@ def _cosine(a: F32, b: F32) -> float:
 def _evaluate(artifact: Artifact, plugin: bool) -> list[F32]:
     """Float outputs of a deterministic run; of a language model its logits at two steps."""
     session = runtime.load(artifact.path, plugin=plugin)
-    if artifact.manifest["language"] is None:
-        feeds = {i.name: _random_input(i) for i in session.get_inputs()}
-        return [y for y in session.run(None, feeds) if y.dtype == np.float32 and y.ndim]
-    vocabulary = int(artifact.manifest["language"]["vocab_size"])
+    language = artifact.manifest["language"]
+    try:
+        return _outputs(session) if language is None else _logits(session, language["vocab_size"])
+    except BitcompileError:
+        raise
+    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        raise VerificationError(
+            f"the whole model does not run on random inputs ({runtime.one_line(error)}): "
+            "if it needs special ones, use --no-verify"
+        ) from error
+
+
+def _outputs(session: Any) -> list[F32]:
+    feeds = {i.name: _random_input(i) for i in session.get_inputs()}
+    return [y for y in session.run(None, feeds) if y.dtype == np.float32 and y.ndim]
+
+
+def _logits(session: Any, vocabulary: int) -> list[F32]:
     tokens = np.random.default_rng(0).integers(0, vocabulary, (1, TOKENS)).astype(np.int64)
     caches = empty_caches(session)
     prompt = step(session, tokens[:, :-1], caches)
@@ -387,7 +505,13 @@ def _random_input(declared: Any) -> Any:
     shape = [dim if isinstance(dim, int) else 2 for dim in declared.shape]
     if declared.type == "tensor(float)":
         return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    kinds = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
+    kinds: dict[str, type[np.generic]] = {
+        "tensor(int64)": np.int64,
+        "tensor(int32)": np.int32,
+        "tensor(int8)": np.int8,
+        "tensor(uint8)": np.uint8,
+        "tensor(bool)": np.bool_,
+    }
     if declared.type not in kinds:
         raise ToolchainError(
             f"cannot make a test input of {declared.type} for {declared.name!r}: use --no-verify"

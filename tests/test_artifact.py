@@ -6,7 +6,10 @@ import errno
 import json
 import os
 import shutil
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -142,19 +145,121 @@ def test_a_failure_under_force_keeps_the_old(copy: Path) -> None:
     assert list(copy.parent.iterdir()) == [copy]
 
 
-def test_a_failed_rename_puts_the_old_back(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rename = Path.rename
+@pytest.fixture(params=["exchange", "two renames"])
+def publication(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to replace a folder: in one step, and where the system has no such step."""
+    if request.param == "two renames":
+        monkeypatch.setattr(artifact, "_exchange", lambda *_: False)
+    return str(request.param)
 
-    def failing(self: Path, target: Path) -> Path:
-        if self.suffix == ".tmp":
-            raise OSError(errno.EIO, "broken disk")
-        return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="broken disk"), staged(copy, force=True):
+def mark(folder: Path, text: str) -> None:
+    """Make ``folder`` look like an artifact."""
+    (folder / "bitcompile.json").write_text(text)
+
+
+def interrupted(
+    call: Callable[..., Any], error: BaseException, when: str, number: int
+) -> Callable[..., Any]:
+    """``call`` that raises ``error`` before or after its ``number``-th time."""
+    left = [number]
+
+    def wrapped(*arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0 and when == "before":
+            raise error
+        result = call(*arguments)
+        if left[0] == 0:
+            raise error
+        return result
+
+    return wrapped
+
+
+SIGNALS = [KeyboardInterrupt(), SystemExit(143)]
+
+
+@pytest.mark.parametrize("error", [*SIGNALS, OSError(errno.EIO, "broken disk")])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_interrupted_replacement_leaves_old_or_new(
+    tmp_path: Path, error: BaseException, when: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two renames: the moment between them is where OUT is missing."""
+    out = tmp_path / "out"
+    out.mkdir()
+    mark(out, "old")
+    monkeypatch.setattr(artifact, "_exchange", lambda *_: False)
+    rename = interrupted(Path.rename, error, when, number)
+    monkeypatch.setattr(Path, "rename", lambda *arguments: rename(*arguments))
+    wanted = UsageError if isinstance(error, OSError) else type(error)
+    with pytest.raises(wanted), staged(out, force=True) as stage:
+        mark(stage, "new")
+    done = (number, when) == (2, "after")
+    assert (out / "bitcompile.json").read_text() == ("new" if done else "old")
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("error", SIGNALS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupted_exchange_leaves_old_or_new(
+    tmp_path: Path, error: BaseException, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    mark(out, "old")
+    monkeypatch.setattr(artifact, "_exchange", interrupted(artifact._exchange, error, when, 1))
+    with pytest.raises(type(error)), staged(out, force=True) as stage:
+        mark(stage, "new")
+    assert (out / "bitcompile.json").read_text() == ("old" if when == "before" else "new")
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_signal_while_removing_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rmtree = interrupted(shutil.rmtree, KeyboardInterrupt(), "before", 1)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: rmtree(path, ignore_errors))
+    monkeypatch.setattr(artifact, "_publish", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "out") as stage:
+        mark(stage, "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_builds_at_the_same_time_leave_one_artifact(tmp_path: Path, publication: str) -> None:
+    out, failures = tmp_path / "out", []
+    allowed = UsageError if publication == "two renames" else ()
+
+    def write(text: str) -> None:
+        for _ in range(20):
+            try:
+                with staged(out, force=True) as stage:
+                    mark(stage, text)
+            except allowed:  # in the moment between two renames
+                pass
+            except BaseException as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=write, args=(str(i),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert (out / "bitcompile.json").read_text() in "0123"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_name_taken_for_ever_is_a_usage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(*_: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(Path, "rename", taken)
+    with pytest.raises(UsageError, match="other builds keep writing"), staged(tmp_path / "out"):
         pass
-    Artifact.open(copy).check_hashes()
-    assert list(copy.parent.iterdir()) == [copy]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_somebody_faster_is_not_overwritten(tmp_path: Path) -> None:
@@ -171,11 +276,41 @@ def test_somebody_faster_is_not_overwritten(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_a_long_name_is_written_or_refused_before_the_build(tmp_path: Path) -> None:
+    with staged(tmp_path / ("x" * 250)) as stage:
+        mark(stage, "new")
+    assert (tmp_path / ("x" * 250) / "bitcompile.json").exists()
+    with pytest.raises(UsageError, match="File name too long"):
+        artifact.check_output(tmp_path / ("x" * 256), force=False)
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[Path]:
+    """A folder that this process may not search."""
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(user)
+    folder.chmod(0o700)
+
+
+def test_a_folder_that_may_not_be_searched(locked: Path) -> None:
+    for out in (locked / "out", locked / "sub" / "out"):
+        with pytest.raises(UsageError, match="cannot write"):
+            artifact.check_output(out, force=True)
+        with pytest.raises(InputError, match="Permission denied"):
+            Artifact.open(out)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 @pytest.mark.parametrize("step", ["write_text", "copyfile", "statvfs"])
 def test_no_space_left_is_one_error(
-    tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, step: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    full = OSError(code, os.strerror(code))
 
     def fail(*_: object, **__: object) -> None:
         raise full
@@ -216,18 +351,95 @@ def test_a_truncated_or_missing_file_is_named(copy: Path) -> None:
         Artifact.open(copy).check_sizes()
 
 
+def test_what_is_no_regular_file_is_named(copy: Path) -> None:
+    (copy / "tokenizer.json").unlink()
+    os.mkfifo(copy / "tokenizer.json")
+    with pytest.raises(InputError, match=r"tokenizer\.json is not a file"):
+        Artifact.open(copy).check_hashes()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "model.onnx/x", ".", "", "missing"])
+def test_file_names_that_cannot_be_read(copy: Path, name: str) -> None:
+    files = json.loads((copy / "bitcompile.json").read_text())["files"]
+    files[name] = {"bytes": copy.stat().st_size, "sha256": ""}
+    artifacts.rewrite_manifest(copy, files=files)
+    for check in (Artifact.check_sizes, Artifact.check_hashes):
+        with pytest.raises(InputError, match=r"cannot read|lacks|not a file"):
+            check(Artifact.open(copy))
+
+
+@pytest.mark.parametrize("name", ["a\0b", "two\nlines", "\ud800"])
+def test_file_names_that_cannot_be_printed(copy: Path, name: str) -> None:
+    artifacts.rewrite_manifest(copy, files={name: {"bytes": 1, "sha256": ""}})
+    with pytest.raises(InputError) as caught:
+        Artifact.open(copy)
+    str(caught.value).encode()
+    assert "\n" not in str(caught.value)
+
+
+def test_deep_manifests_are_refused(copy: Path) -> None:
+    (copy / "bitcompile.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="unreadable"):
+        Artifact.open(copy)
+
+
+NESTED = [
+    *(("language", key) for key in artifact._SCHEMA["language"][1]),
+    *((group, key) for group in ("bytes", "parameters") for key in ("ternary", "head", "total")),
+    ("inspection", "nodes_per_layer"),
+    ("inspection", "ops"),
+    ("options", "head"),
+    ("target", "isas"),
+]
+
+
+@pytest.mark.parametrize(("group", "key"), NESTED)
+@pytest.mark.parametrize("value", ["REMOVED", -1, 1.5, "x\0", [None], 10**30])
+def test_every_key_that_is_read_is_checked(copy: Path, group: str, key: str, value: object) -> None:
+    manifest = json.loads((copy / "bitcompile.json").read_text())
+    top = group if group in manifest else "inspection"
+    entry = manifest[top] if group in manifest else manifest[top][group]
+    if value == "REMOVED" and key != "nodes_per_layer":  # None is good there
+        del entry[key]
+    else:
+        entry[key] = value
+    artifacts.rewrite_manifest(copy, **{top: manifest[top]})
+    with pytest.raises(InputError, match=rf"'{top}.*{key}.*' is missing or damaged"):
+        Artifact.open(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"language": {}},
+        {"inspection": {}},
+        {"options": {}},
+        {"verification": {}},
+        {"passes": [1]},
+        {"min_onnxruntime": "²"},
+    ],
+)
+def test_empty_parts_are_refused(copy: Path, change: dict[str, object]) -> None:
+    artifacts.rewrite_manifest(copy, **change)
+    with pytest.raises(InputError, match=f"{next(iter(change))}.*is missing or damaged"):
+        Artifact.open(copy)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"format": 2}, "has format 2"),
         ({"format": "1"}, "not a bitcompile manifest"),
         ({"files": "REMOVED"}, "lacks 'files'"),
-        ({"files": {}}, "does not list model.onnx"),
+        ({"files": {}}, "does not list 'model.onnx'"),
         ({"files": {"../x": {"bytes": 1, "sha256": ""}}}, "outside the artifact"),
         ({"files": {"/x": {"bytes": 1, "sha256": ""}}}, "outside the artifact"),
-        ({"files": {"model.onnx": {"bytes": "1"}}}, "entry of model.onnx"),
-        ({"target": []}, "'target' has the wrong type"),
-        ({"target": {"name": "x"}}, "target lacks 'device'"),
+        (
+            {"files": {"model.onnx": {"bytes": "1"}}},
+            "'files.model.onnx.bytes' is missing or damaged",
+        ),
+        ({"target": []}, "'target' is missing or damaged"),
+        ({"target": {"name": "x"}}, "'target.device' is missing"),
     ],
 )
 def test_a_damaged_manifest_is_refused(copy: Path, change: dict[str, object], message: str) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import shutil
+import struct
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bitcompile import runtime, verification
+from bitcompile import generate, runtime, verification
 from bitcompile.artifact import Artifact
 from bitcompile.errors import InputError, ToolchainError, UsageError
 from bitcompile.generate import Sampling, TextModel, run_tensors
@@ -186,6 +192,54 @@ def test_a_model_of_tensors_has_no_text(artifact: Artifact) -> None:
         TextModel(plain)
 
 
+@pytest.mark.parametrize("name", ["genai_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 1}'])
+def test_broken_configurations_are_input_errors(
+    artifact: Artifact, tmp_path: Path, name: str, text: str
+) -> None:
+    folder = Path(shutil.copytree(artifact.path, tmp_path / "out"))
+    (folder / name).write_text(text)
+    with pytest.raises(InputError, match="onnxruntime-genai cannot load"):
+        TextModel(Artifact.open(folder), threads=1)
+
+
+class Failing:
+    """An object of onnxruntime-genai, one method of which fails."""
+
+    def __init__(self, real: Any, method: str) -> None:
+        self._real, self._method = real, method
+
+    def __getattr__(self, name: str) -> Any:
+        def fail(*_: object) -> None:
+            raise RuntimeError("bad\nallocation")
+
+        return fail if name == self._method else getattr(self._real, name)
+
+
+@pytest.mark.parametrize("method", ["append_tokens", "generate_next_token", "rewind_to"])
+def test_errors_of_genai_are_typed(
+    model: TextModel, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = TextModel._generator
+
+    def failing(self: TextModel, *arguments: Any) -> Any:
+        return Failing(real(self, *arguments), method)
+
+    monkeypatch.setattr(TextModel, "_generator", failing)
+    conversation = model.chat(Sampling(tokens=2))
+    conversation._generator._real.append_tokens(model.encode("held"))
+    with pytest.raises(InputError, match=r"onnxruntime-genai cannot .*: bad allocation"):
+        list(conversation.say("hello"))
+    if method != "rewind_to":
+        with pytest.raises(InputError, match=r"onnxruntime-genai cannot .*: bad allocation"):
+            list(model.stream("hello", Sampling(tokens=2)))
+
+
+def test_a_cache_that_cannot_be_made_is_an_input_error(model: TextModel) -> None:
+    with pytest.raises(InputError, match="cannot make a KV cache of -1 tokens"):
+        model._generator(-1, Sampling())
+
+
 # --- tensors ------------------------------------------------------------------------------------
 
 
@@ -243,7 +297,102 @@ def test_unreadable_tensors_are_refused(artifact: Artifact, tmp_path: Path) -> N
             run_tensors(artifact, tmp_path / name, tmp_path / "out.npz")
 
 
-def test_an_unwritable_output_is_a_usage_error(artifact: Artifact, tmp_path: Path) -> None:
+def header_of(shape: str) -> bytes:
+    text = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+def archive(data: bytes, method: int = zipfile.ZIP_DEFLATED) -> bytearray:
+    """A ``.npz`` file with the one member ``input_ids``."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as made:
+        made.writestr("input_ids.npy", data)
+    return bytearray(file.getvalue())
+
+
+GOOD = header_of("(1, 400)") + np.random.default_rng(0).bytes(3200)
+
+
+def with_byte(data: bytearray, at: int, value: int) -> bytearray:
+    data[at] = value
+    return data
+
+
+DAMAGED: dict[str, Callable[[], bytes | bytearray]] = {
+    "truncated": lambda: archive(GOOD)[:2000],
+    "empty": lambda: b"",
+    "crc": lambda: with_byte(archive(GOOD, zipfile.ZIP_STORED), 2000, 0),
+    "stream": lambda: with_byte(archive(GOOD), 50, 0xFF),
+    "method": lambda: archive(GOOD).replace(b"\x14\0\0\0\x08", b"\x14\0\0\0\x63"),
+    "encrypted": lambda: archive(GOOD).replace(b"\x14\0\0\0", b"\x14\0\1\0"),
+    "huge": lambda: archive(header_of(f"(1, {10**15})")),
+    "no array": lambda: archive(b"hello"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_tensor_files_are_input_errors(
+    artifact: Artifact, tmp_path: Path, damage: str
+) -> None:
+    (tmp_path / "in.npz").write_bytes(DAMAGED[damage]())
+    with pytest.raises(InputError, match=r"in\.npz") as caught:
+        run_tensors(artifact, tmp_path / "in.npz", tmp_path / "out.npz")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unwritable_output_is_a_usage_error(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before the model is run."""
     np.savez(tmp_path / "in.npz", **feeds())
-    with pytest.raises(UsageError, match="cannot write"):
-        run_tensors(artifact, tmp_path / "in.npz", tmp_path / "no" / "out.npz")
+    monkeypatch.setattr(runtime, "load", None)
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop / "x")
+    wrong = [tmp_path / "no" / "out.npz", tmp_path / "in.npz" / "out.npz", tmp_path, loop / "out"]
+    for destination in (*wrong, Path("/dev/null"), tmp_path / ("x" * 256)):
+        with pytest.raises(UsageError, match="cannot write"):
+            run_tensors(artifact, tmp_path / "in.npz", destination)
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), ToolchainError),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), ToolchainError),
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG)), ToolchainError),
+        (OSError(errno.EIO, os.strerror(errno.EIO)), UsageError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_a_failed_output_leaves_the_old_file(
+    tmp_path: Path,
+    failure: BaseException,
+    expected: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    (tmp_path / "out.npz").write_text("precious")
+    monkeypatch.setattr(np.lib.format, "write_array", fail)
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(expected):
+        generate._write_npz(tmp_path / "out.npz", {"y": np.zeros(3)})
+    assert (tmp_path / "out.npz").read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.npz"]
+
+
+def test_a_linked_output_stays_a_link(artifact: Artifact, tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", **feeds())
+    (tmp_path / "link.npz").symlink_to("real.npz")
+    run_tensors(artifact, tmp_path / "in.npz", tmp_path / "link.npz", threads=1)
+    assert (tmp_path / "link.npz").is_symlink()
+    assert np.load(tmp_path / "real.npz").files
+
+
+def test_outputs_of_any_name_are_saved(tmp_path: Path) -> None:
+    arrays = {name: np.arange(3) for name in ("file", "allow_pickle", "arr_0", "a/b", "y z")}
+    generate._write_npz(tmp_path / "out.npz", arrays)
+    with np.load(tmp_path / "out.npz") as saved:
+        assert set(saved.files) == set(arrays)
+        np.testing.assert_array_equal(saved["file"], np.arange(3))

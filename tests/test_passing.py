@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from bitcompile.errors import BitcompileError
+from bitcompile.errors import BitcompileError, ToolchainError, UsageError
 from bitcompile.opset import DOMAIN
 from bitcompile.passing import Pass, Record, Refusal, listing, run, ternary_weights
 from tests.graphs import Build
@@ -79,6 +81,19 @@ def test_records_and_dumps(tmp_path: Path) -> None:
     files = sorted(path.name for path in (tmp_path / "dump").iterdir())
     assert files == ["00-start.txt", "01-broken.txt", "02-broken.txt", "03-broken.txt"]
     assert (tmp_path / "dump" / "03-broken.txt").read_text() == listing(m)
+
+
+def test_dumps_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match=r"cannot write .*file"):
+        run(model(), [], tmp_path / "file")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ToolchainError, match="no space left"):
+        run(model(), [], tmp_path / "dump")
 
 
 def test_ternary_weights_of_every_operator() -> None:

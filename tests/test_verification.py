@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from bitcompile import verification
@@ -84,8 +89,6 @@ def test_one_wrong_element_is_named(artifact: Artifact, monkeypatch: pytest.Monk
 
 def test_a_wrong_accumulator_is_found() -> None:
     """One integer step of a linear operator is outside its tolerance, which is zero."""
-    import onnx_ir as ir
-
     node = ir.Node("bitcompile", "BitLinear", [], name="n")
     good = np.arange(1, 13, dtype=np.float32).reshape(3, 4) * np.float32(1000)
     attributes: dict[str, Any] = {"N": 4, "K": 8}
@@ -96,8 +99,6 @@ def test_a_wrong_accumulator_is_found() -> None:
 
 
 def test_nan_rows_must_agree() -> None:
-    import onnx_ir as ir
-
     node = ir.Node("bitcompile", "BitGLU", [], name="n")
     good = np.ones((2, 3), np.float32)
     poisoned = np.where([[True], [False]], np.float32(np.nan), good)
@@ -161,11 +162,152 @@ def test_a_model_too_big_to_unpack_is_skipped(
 
 
 def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     monkeypatch.setenv("BITCOMPILE_ISA", "mine")
     with verification._isa("theirs"):
         assert os.environ["BITCOMPILE_ISA"] == "theirs"
     with verification._isa(None):
         assert os.environ["BITCOMPILE_ISA"] == "mine"
     assert os.environ["BITCOMPILE_ISA"] == "mine"
+
+
+def test_threads_take_turns_with_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BITCOMPILE_ISA", raising=False)
+    failures: list[BaseException] = []
+
+    def use(isa: str) -> None:
+        try:
+            for _ in range(20):
+                with verification._isa(isa):
+                    time.sleep(0.001)
+                    assert os.environ["BITCOMPILE_ISA"] == isa
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=use, args=(f"isa{i}",)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert "BITCOMPILE_ISA" not in os.environ
+
+
+def test_a_variable_that_somebody_removed_is_no_error() -> None:
+    with verification._isa("theirs"):
+        del os.environ["BITCOMPILE_ISA"]
+
+
+# --- where the data lies ------------------------------------------------------------------------
+
+
+def test_hard_linked_data_is_verified(copy: Artifact, tmp_path: Path) -> None:
+    os.link(copy.path / "model.onnx.data", tmp_path / "second name")
+    assert len(verify(copy).nodes) == OPERATORS
+
+
+def test_a_hub_cache_is_verified(copy: Artifact, tmp_path: Path) -> None:
+    """Every file is a link to another folder, under another name."""
+    cached = tmp_path / "snapshot"
+    cached.mkdir()
+    for file in copy.path.iterdir():
+        blob = file.rename(file.with_name(f"{hash(file.name):x}"))
+        (cached / file.name).symlink_to(blob)
+    assert len(verify(Artifact.open(cached)).nodes) == OPERATORS
+
+
+def test_data_that_onnxruntime_would_not_read_is_refused(copy: Artifact, tmp_path: Path) -> None:
+    data = copy.path / "model.onnx.data"
+    data.rename(tmp_path / "data")
+    data.symlink_to(tmp_path / "data")
+    with pytest.raises(InputError, match="link to another folder"):
+        verify(copy)
+
+
+def edited(copy: Artifact, change: Any) -> Artifact:
+    """The artifact after ``change(graph)``, with its weights inside ``model.onnx``."""
+    model = ir.load(copy.model)
+    change(model.graph)
+    ir.save(ir.external_data.load_to_model(model), copy.model)
+    artifacts.seal(copy.path)
+    return Artifact.open(copy.path)
+
+
+def test_data_outside_the_manifest_is_refused(copy: Artifact) -> None:
+    shutil.copy(copy.path / "model.onnx.data", copy.path / "other.data")
+    model = ir.load(copy.model)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor._location = "other.data"
+    ir.save(model, copy.model)
+    artifacts.seal(copy.path)
+    with pytest.raises(InputError, match=r"'other\.data', which bitcompile\.json does not list"):
+        verify(Artifact.open(copy.path))
+
+
+def test_data_too_short_for_its_tensors_is_refused(copy: Artifact) -> None:
+    os.truncate(copy.path / "model.onnx.data", 100)
+    artifacts.seal(copy.path)
+    with pytest.raises(InputError, match="does not hold"):
+        verify(Artifact.open(copy.path))
+
+
+def test_a_model_that_is_no_model_is_refused(copy: Artifact) -> None:
+    copy.model.write_bytes(b"\x08\xff")
+    artifacts.seal(copy.path)
+    with pytest.raises(InputError, match="not a readable ONNX model"):
+        verify(Artifact.open(copy.path))
+
+
+# --- values that are not finite -----------------------------------------------------------------
+
+
+def poisoned(copy: Artifact, node_name: str, index: int, bad: float) -> Artifact:
+    """The artifact with ``bad`` in one constant of a node."""
+
+    def poison(graph: ir.Graph) -> None:
+        node = next(node for node in graph if node.name == node_name)
+        value = node.inputs[index]
+        assert value is not None
+        assert value.const_value is not None
+        data = value.const_value.numpy().copy()
+        data.flat[-1] = bad
+        value.const_value = ir.tensor(data, name=value.name)
+
+    return edited(copy, poison)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["gamma", "w_scale"])
+def test_constants_that_are_not_finite_are_found(copy: Artifact, name: str, bad: float) -> None:
+    """Both sides compute NaN, so that only the constant itself can tell."""
+    index = ["x", "gamma", "w", "w_scale"].index(name)
+    damaged = poisoned(copy, "layer.0.qkv", index, bad)
+    with pytest.raises(InputError, match=f"'{name}' of NormBitLinear 'layer.0.qkv' .*not finite"):
+        verify(damaged)
+
+
+def test_nan_in_another_operator_is_found_but_infinity_may_be_meant(tmp_path: Path) -> None:
+    made = artifacts.write(tmp_path / "out", head="float")
+    gather = next(node for node in ir.load(made.model).graph if node.op_type == "Gather")
+    infinite = poisoned(made, str(gather.name), 0, -np.inf)
+    verification._check_constants(ir.load(infinite.model))
+    with pytest.raises(InputError, match=f"of Gather '{gather.name}' .*not finite"):
+        verify(poisoned(made, str(gather.name), 0, np.nan))
+
+
+# --- group scales -------------------------------------------------------------------------------
+
+
+def test_group_scales_are_verified_in_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales of groups lie in tiles of 16 rows, the last of which is not full."""
+    config = replace(artifacts.CONFIG, hidden=136, ffn=200, group_size=64)
+    made = artifacts.write(tmp_path / "out", config=config)
+    whole = verify(made, plugin=False)
+    monkeypatch.setattr(verification, "CHUNK", 48)
+    report = verify(made)
+    assert any(n.shape[0] % 16 for n in report.nodes if n.op == "NormBitLinear")
+    assert all(node.exact for node in report.nodes)
+    assert verify(made, plugin=False).nodes == whole.nodes
