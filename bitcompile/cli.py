@@ -40,7 +40,8 @@ Command = Callable[..., Any]
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 good, else the error's code and one line on stderr."""
     # A terminated build cleans up like an interrupted one.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with cli.make_context("bitcompile", list(arguments)) as context:

@@ -47,8 +47,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Keys: ``kind, source, ops {name: count}, nodes_per_layer, bytes {ternary, head, other, total},
     parameters {...}, bits_per_ternary_weight, compression {vs_fp32, vs_bf16}`` (of the ternary
     weights, scales included), ``compression_total`` (of everything), ``inputs, outputs, weights
-    {name: shape}``; of an artifact also ``target, layout, passes, files``. Raises InputError if
-    ``path`` is none of the three.
+    {name: shape}``; of an artifact also ``target, layout, passes, files``; of an .onnx file also
+    ``recognition {recognised, unfused [{node, reason}], refused}``: the ternary layers that `build`
+    would find in it. Raises InputError if ``path`` is none of the three.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
@@ -56,7 +57,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     if (path / "config.json").is_file():
         return _inspect_checkpoint(path)
     if path.is_file() and path.suffix == ".onnx":
-        return {"kind": "onnx", "source": path.name, **inspect_graph(_load_onnx(path))}
+        return _inspect_onnx(path)
     raise InputError(f"{path} is no artifact, .onnx file or checkpoint folder: nothing to inspect")
 
 
@@ -75,6 +76,27 @@ def _inspect_artifact(artifact: Artifact) -> dict[str, Any]:
     }
 
 
+def _inspect_onnx(path: Path) -> dict[str, Any]:
+    model = _load_onnx(path)
+    try:
+        report = {"kind": "onnx", "source": path.name, **inspect_graph(model)}
+    except Exception as error:  # tensors are read here, and a damaged one raises anything
+        raise InputError(f"{path} is damaged ({error}): export it again") from None
+    return {**report, "recognition": _recognition(path)}
+
+
+def _recognition(path: Path) -> dict[str, Any]:
+    """What `build` would recognise as ternary layers, what not, or why it refuses the file."""
+    from bitcompile.frontends import foreign
+
+    try:
+        (record,) = foreign.read(str(path)).records
+    except InputError as error:
+        return {"recognised": 0, "unfused": [], "refused": str(error)}
+    unfused = [{"node": refusal.where, "reason": refusal.reason} for refusal in record.refusals]
+    return {"recognised": record.count, "unfused": unfused, "refused": None}
+
+
 def _load_onnx(path: Path) -> ir.Model:
     try:
         import onnx_ir as ir
@@ -82,8 +104,11 @@ def _load_onnx(path: Path) -> ir.Model:
         raise ToolchainError(
             'inspecting an .onnx file needs the onnx packages: pip install "bitcompile[build]"'
         ) from None
+    from bitcompile.frontends.foreign import notes
+
     try:
-        return ir.load(path)
+        with notes("onnx_ir"):
+            return ir.load(path)
     except Exception as error:  # protobuf's errors have no public base
         raise InputError(f"{path} is not a readable ONNX model: {error}") from error
 
@@ -355,6 +380,8 @@ def format_report(report: Mapping[str, Any]) -> str:
     if report["ops"]:
         lines += ["", "operators"]
         lines += aligned([[f"  {name}", str(count)] for name, count in report["ops"].items()])
+    if report.get("recognition"):
+        lines += ["", *_recognition_lines(report["recognition"])]
     if report.get("passes"):
         lines += ["", "passes"]
         lines += aligned([_pass_row(entry) for entry in report["passes"]])
@@ -390,6 +417,13 @@ def _bytes_table(report: Mapping[str, Any]) -> list[str]:
             [kind, f"{size:,}", f"{count:,}", *("-" if n is None else f"{n:.2f}" for n in numbers)]
         )
     return aligned(rows, right=True)
+
+
+def _recognition_lines(found: Mapping[str, Any]) -> list[str]:
+    if found["refused"]:
+        return ["ternary layers", f"  cannot be compiled: {found['refused']}"]
+    rows = [[f"  {entry['node']}", f"left: {entry['reason']}"] for entry in found["unfused"]]
+    return [f"ternary layers: {found['recognised']} recognised", *aligned(rows)]
 
 
 def _pass_row(entry: Mapping[str, Any]) -> list[str]:

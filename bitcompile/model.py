@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from bitcompile.passing import Record
     from bitcompile.target import Kernel, Target
 
 
@@ -43,6 +44,8 @@ class Imported:
     source: str
     """Where it came from, for the manifest: a name or id, never an absolute path."""
     language: LanguageModel | None = None
+    records: tuple[Record, ...] = ()
+    """What a front end that recognises ternary layers found, and what it left as it was."""
 
 
 @dataclass(frozen=True)

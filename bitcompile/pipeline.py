@@ -145,7 +145,7 @@ def run(
     graph = imported.graph
     progress("rewriting the graph")
     steps = pipeline(passing.Options(str(options.head), str(options.logits)))
-    records = passing.run(graph, steps, options.dump)
+    records = imported.records + passing.run(graph, steps, options.dump)
     progress(f"compiling for {target.name}")
     lowered = lower(graph, target, options.layout)
     records += passing.run(lowered.graph, finishing(), options.dump, first=len(steps) + 1)

@@ -146,7 +146,7 @@ def session(graph: ir.Model) -> Any:
     import onnxruntime
 
     proto = ir.to_proto(graph)
-    body = OPS["BitLinear"].body({"layout": "i2"})
+    body = OPS["BitLinear"].body({"layout": "i2", "group_size": 0})
     proto.functions.append(onnx.parser.parse_function(body))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

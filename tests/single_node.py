@@ -22,8 +22,9 @@ NONE = np.zeros((), np.float32)
 
 
 def plugin() -> Path:
-    """This machine's plugin (compiled once, then from the cache)."""
-    return resolve("native").compile()[0]
+    """This machine's plugin (compiled once, then from the cache), or an instrumented one."""
+    chosen = os.environ.get("BITCOMPILE_TEST_PLUGIN")
+    return Path(chosen) if chosen else resolve("native").compile()[0]
 
 
 @contextmanager

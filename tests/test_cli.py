@@ -174,6 +174,35 @@ def test_damage_is_found_before_running(run: Run, copy: Path) -> None:
     is_one_error(run("run", copy.parent / "none", "--prompt", "x"), 3, "no artifact at")
 
 
+def test_damaged_configurations_are_input_errors(run: Run, copy: Path) -> None:
+    """Also unchecked, and for every command that reads them."""
+    unchecked = ("run", copy, "--prompt", "x", "--no-check")
+    (copy / "genai_config.json").write_text("x" * (copy / "genai_config.json").stat().st_size)
+    is_one_error(run(*unchecked), 3, "onnxruntime-genai cannot load")
+    artifacts.rewrite_manifest(copy, inspection={}, options={})
+    for arguments in (("inspect", copy), ("verify", copy), ("bench", copy), unchecked):
+        is_one_error(run(*arguments), 3, "'options.head' is missing or damaged")
+    (copy / "bitcompile.json").write_text("[" * 100_000)
+    for arguments in (("inspect", copy), ("verify", copy), ("bench", copy), unchecked):
+        is_one_error(run(*arguments), 3, "bitcompile.json is unreadable")
+
+
+def test_damaged_tensors_are_an_input_error(run: Run, artifact: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", **feeds())
+    os.truncate(tmp_path / "in.npz", 500)
+    arguments = ("--input", tmp_path / "in.npz", "--output")
+    is_one_error(run("run", artifact, *arguments, tmp_path / "out.npz"), 3, "cannot read")
+    is_one_error(run("run", artifact, *arguments, tmp_path / "no" / "out.npz"), 2, "cannot write")
+
+
+@pytest.mark.usefixtures("toy")
+def test_outputs_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    build = ("build", "toy", "-o", tmp_path / "out", "--dump", tmp_path / "file")
+    is_one_error(run(*build), 2, "cannot write")
+    is_one_error(run("build", "toy", "-o", tmp_path / ("x" * 256)), 2, "File name too long")
+
+
 def test_a_plugin_for_another_machine_is_a_toolchain_error(run: Run, copy: Path) -> None:
     target = {"name": "pi", "device": "cpu", "host": "riscv64-linux-gnu", "isas": []}
     artifacts.rewrite_manifest(copy, target=target)

@@ -304,6 +304,7 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "norm flag": (quantization(use_rms_norm="yes"), None, "use_rms_norm 'yes'"),
     "inner norm missing": (quantization(use_rms_norm=True), None, "no tensor .*rms_norm.weight"),
     "hidden size": (setting(hidden_size=128), None, "do not belong together"),
+    "layers": (setting(num_hidden_layers=1 << 30), None, "1073741824 layers in config.json"),
     "hidden size type": (setting(hidden_size="wide"), None, "config.json is not valid"),
     "negative size": (setting(intermediate_size=-4), None, "config.json is not valid"),
     "activation": (setting(hidden_act="relu7"), None, "hidden_act 'relu7'"),

@@ -63,7 +63,10 @@ def _function(m: ir.Model) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_weight, r"layer.0.qkv: w has shape \(3, 13\); with layout i2 of \[64, 50\] it is \(64, 13\)"),
+        (
+            _weight,
+            r"layer.0.qkv: w has shape \(3, 13\); with layout i2 of \[64, 50\] it is \(64, 13\)",
+        ),
         (_scale, r"layer.0.ffn: s_down has shape \(50, 2\); with layout .* it is \(50, 1\)"),
         (_inputs, "NormBitLinear takes 6 inputs, not 5"),
         (_attribute, "BitGLU: attribute 'activation' is required"),

@@ -211,6 +211,11 @@ class WeightForm:
     modules_to_not_convert: tuple[str, ...] | None
 
     @classmethod
+    def master(cls) -> WeightForm:
+        """Float master weights, quantised here; no norm inside the layers."""
+        return cls("autobitlinear", False, False, False, 0.0, None)
+
+    @classmethod
     def of(cls, config: Mapping[str, Any]) -> WeightForm:
         """The form a configuration declares; raises InputError if it is unknown or ambiguous."""
         quantization = config.get("quantization_config")

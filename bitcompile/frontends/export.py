@@ -1,4 +1,4 @@
-"""Hugging Face decoder to portable ONNX: swap the ternary layers and attention, then export.
+"""Hugging Face model to portable ONNX: swap the ternary layers and attention, then export.
 
 Imported only when a checkpoint is converted: torch and transformers take seconds to import.
 
@@ -11,6 +11,9 @@ Everything is float32 except the embedding and head tables, which keep the check
 with no Cast where the table is float32. Tied models use one initializer, named
 ``model.embed_tokens.weight``, for both; an untied head reads ``lm_head.weight``. While torch
 exports, both are opaque nodes: the exporter would fold the Cast and Transpose of a small table.
+
+Decoders attend through GroupQueryAttention and a cache. Encoders keep transformers' own attention,
+which follows ``attention_mask`` on either side and the configuration's ``is_causal``.
 """
 
 from __future__ import annotations
@@ -204,13 +207,22 @@ def _swapped_attention(causal: Any) -> Iterator[None]:
         causal.config._attn_implementation = implementation
 
 
-def rotary_caches(causal: Any, context: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_caches(
+    causal: Any, context: int, head_size: int, divisor: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, float32 ``[context, head_size / 2]``, as the model's own module computes them.
 
-    Both halves of a head share the values (rotate-half form), so one half is kept. Raises
-    InputError if only a part of each head rotates.
+    Both halves of a head share the values (rotate-half form), so one half is kept. ``divisor``:
+    float32 ``[head_size / 2]`` that the frequencies are divided by first. Raises InputError if only
+    a part of each head rotates.
     """
     rotary = type(causal.model.rotary_emb)(causal.config)
+    if divisor is not None:
+        if divisor.shape != rotary.inv_freq.shape:
+            raise InputError(
+                f"{len(divisor)} rotary factors for {len(rotary.inv_freq)} frequencies: damaged"
+            )
+        rotary.inv_freq = rotary.inv_freq / divisor
     cos, sin = rotary(torch.zeros(1), torch.arange(context)[None])
     if cos.shape[-1] != head_size:
         raise InputError(
@@ -223,14 +235,17 @@ def rotary_caches(causal: Any, context: int, head_size: int) -> tuple[torch.Tens
     return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
 
-def export(causal: Any, context: int, head_size: int) -> ir.Model:
+def export(
+    causal: Any, context: int, head_size: int, divisor: torch.Tensor | None = None
+) -> ir.Model:
     """The portable graph of a model whose linears and tables are swapped (module docstring).
 
-    ``causal``: the Hugging Face model; its rotary module is replaced. Raises InputError for
+    ``causal``: the Hugging Face model; its rotary module is replaced. ``divisor``: see
+    :func:`rotary_caches`. Raises InputError for
     a rotary form attention cannot take, BitcompileError if a ternary layer is no node afterwards.
     """
     config = causal.config
-    decoder = Decoder(causal, *rotary_caches(causal, context, head_size)).eval()
+    decoder = Decoder(causal, *rotary_caches(causal, context, head_size, divisor)).eval()
     causal.model.rotary_emb = NoRotary()
     layers = config.num_hidden_layers
     B, S, P = 2, 3, 4  # any sizes above 1: torch takes 1 for a constant
@@ -257,12 +272,64 @@ def export(causal: Any, context: int, head_size: int) -> ir.Model:
             opset_version=ONNX_OPSET,
             verbose=False,
         )
+    return _finished(program, causal, layers)
+
+
+def _finished(program: Any, source: Any, attention: int) -> ir.Model:
+    """The exporter's graph with its tables as standard nodes, checked."""
     model: ir.Model = program.model
     model.ir_version = IR_VERSION
     _name_shared(model)
     _expand_tables(model)
-    _check(model, sum(isinstance(module, TernaryLinear) for module in causal.modules()), layers)
+    ternary = sum(isinstance(module, TernaryLinear) for module in source.modules())
+    _check(model, ternary, attention)
     return model
+
+
+class Encoder(nn.Module):  # type: ignore[misc]  # torch is untyped here
+    """A model without a head: ``input_ids`` and ``attention_mask`` to ``last_hidden_state``."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        """float32 ``[B, S, hidden]``; rows of padding are finite and mean nothing."""
+        # One row a sequence: RotaryEmbedding takes no angles that are broadcast over the batch.
+        positions = torch.arange(input_ids.shape[1]).expand(*input_ids.shape)
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+
+
+def export_encoder(model: Any) -> ir.Model:
+    """The portable graph of a model without a head whose linears and table are swapped.
+
+    Inputs ``input_ids``, ``attention_mask`` int64 ``[B, S]`` (0 marks padding, on either side);
+    output ``last_hidden_state`` float32 ``[B, S, hidden]``. Raises BitcompileError if a ternary
+    layer is no node afterwards.
+    """
+    model.rotary_emb = type(model.rotary_emb)(model.config)  # off the meta device
+    model.config._attn_implementation = "sdpa"
+    names = ("input_ids", "attention_mask")
+    dims = {0: torch.export.Dim("batch_size"), 1: torch.export.Dim("sequence_length")}
+    ids = torch.ones(2, 3, dtype=torch.int64)  # any sizes above 1: torch takes 1 for a constant
+    mask = torch.ones_like(ids)  # a tensor of its own: torch makes one input of one tensor
+    with torch.no_grad():
+        program = torch.onnx.export(
+            Encoder(model).eval(),
+            (ids, mask),
+            dynamo=True,
+            input_names=list(names),
+            output_names=["last_hidden_state"],
+            dynamic_shapes=dict.fromkeys(names, dims),
+            opset_version=ONNX_OPSET,
+            verbose=False,
+        )
+    return _finished(program, model, 0)
 
 
 def io_names(layers: int) -> tuple[list[str], list[str]]:
@@ -338,7 +405,10 @@ def _rename(model: ir.Model, value: ir.Value | None, name: str) -> None:
 
 
 def _check(model: ir.Model, ternary: int, layers: int) -> None:
-    """Every swapped layer is a node and only the expected domains are used."""
+    """Every swapped layer is a node and only the expected domains are used.
+
+    ``layers``: GroupQueryAttention nodes; 0 in an encoder.
+    """
     nodes = [node.op_type for node in model.graph]
     found = nodes.count("BitLinear"), nodes.count("GroupQueryAttention")
     if found != (ternary, layers):
@@ -346,7 +416,7 @@ def _check(model: ir.Model, ternary: int, layers: int) -> None:
             f"the exporter kept {found[0]} of {ternary} ternary layers and {found[1]} of {layers} "
             "attention layers: report this with the checkpoint's config.json"
         )
-    expected = {"": ONNX_OPSET, DOMAIN: VERSION, "com.microsoft": 1}
+    expected = {"": ONNX_OPSET, DOMAIN: VERSION, **({"com.microsoft": 1} if layers else {})}
     if dict(model.opset_imports) != expected:
         raise BitcompileError(
             f"the exporter used operator sets {dict(model.opset_imports)}, not {expected}: "
