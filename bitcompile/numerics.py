@@ -58,8 +58,9 @@ def ternary_matmul(x: F32, weight: I8, w_scale: F32, group_size: int = 0) -> F32
     """A ternary layer without bias, for x ``[..., K]`` and weight int8 ``[N, K]``.
 
     With one scale a row, ``w_scale`` float32 ``[N, 1]``:
-    ``y[n] = fl(acc[n]) * fl(w_scale[n] / s)``. With one per group of ``group_size`` columns, ``[N, G]``: ``y[n] = t[n] * fl(1 / s)``, where
-    ``t[n]`` gathers ``fl(w_scale[n, j] * fl(acc[n, j]))`` over the groups j in order.
+    ``y[n] = fl(acc[n]) * fl(w_scale[n] / s)``. With one per group of ``group_size`` columns,
+    ``[N, G]``: ``y[n] = t[n] * fl(1 / s)``, where ``t[n]`` gathers
+    ``fl(w_scale[n, j] * fl(acc[n, j]))`` over the groups j in order.
     """
     q, s = quantize_activations(x)
     scale = np.asarray(w_scale, np.float32)
