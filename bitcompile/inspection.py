@@ -81,8 +81,12 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
     try:
         report = {"kind": "onnx", "source": path.name, **inspect_graph(model)}
     except Exception as error:  # tensors are read here, and a damaged one raises anything
-        raise InputError(f"{path} is damaged ({error}): export it again") from None
+        raise InputError(f"{path} is damaged ({_first_line(error)}): export it again") from None
     return {**report, "recognition": _recognition(path)}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _recognition(path: Path) -> dict[str, Any]:
@@ -110,7 +114,7 @@ def _load_onnx(path: Path) -> ir.Model:
         with notes("onnx_ir"):
             return ir.load(path)
     except Exception as error:  # protobuf's errors have no public base
-        raise InputError(f"{path} is not a readable ONNX model: {error}") from error
+        raise InputError(f"{path} is not a readable ONNX model: {_first_line(error)}") from error
 
 
 # --- graphs -------------------------------------------------------------------------------------

@@ -401,7 +401,7 @@ def test_a_damaged_file_is_one_error_or_a_model(
         message = error_of(lambda: foreign.load(str(target)))
         assert "\n" not in message
         failed += bool(message)
-        error_of(lambda: inspect(target))
+        assert "\n" not in error_of(lambda: inspect(target))
         assert capfd.readouterr() == ("", "")
     assert failed > 80
 
