@@ -271,6 +271,19 @@ def test_modern_splits_cut_numbers_and_contractions() -> None:
     assert words("gpt-2", "I'LL 12345") == ["I", "'", "LL", " 12345"]
 
 
+def test_the_vocabulary_of_llama3_names_its_split(tmp_path: Path) -> None:
+    """Files of BitNet b1.58 2B-4T give no tokenizer.ggml.pre."""
+    from tokenizers import Tokenizer
+
+    tokens = [*"'.ILabc0123456789", "123", *(f"<unused {i}>" for i in range(128256))]
+    for i, token in gguf_tokenizer.LLAMA3_TOKENS.items():
+        tokens[i] = token
+    values = {"tokens": tokens[:128256], "merges": ["1 2", "12 3"], "bos_token_id": 128000}
+    values["tokens"][20] = "12"
+    files = gguf_tokenizer.write(tokenizer_metadata("gpt2", **values), tmp_path)
+    assert Tokenizer.from_file(str(files[0])).encode("12345").tokens == ["123", "4", "5"]
+
+
 def sentence_piece(writer: gguf.GGUFWriter) -> None:
     """A SentencePiece BPE vocabulary: bytes, then tokens that score by the order they were made."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
@@ -317,7 +330,7 @@ def test_tokenizer_files_live_as_long_as_their_model(
     assert not files[0].parent.exists()
 
 
-def bad_tokenizer(kind: str, **values: Any) -> dict[str, Any]:
+def tokenizer_metadata(kind: str, **values: Any) -> dict[str, Any]:
     tokens = {"tokenizer.ggml.tokens": ["a", "b", "ab"]}
     return {
         "tokenizer.ggml.model": kind,
@@ -327,19 +340,22 @@ def bad_tokenizer(kind: str, **values: Any) -> dict[str, Any]:
 
 
 BAD_TOKENIZERS = {
-    "kind": (bad_tokenizer("bert"), "kind 'bert' is not supported"),
-    "split": (bad_tokenizer("gpt2", pre="viking"), "pre 'viking' is not supported.*llama-bpe"),
-    "no split": (bad_tokenizer("gpt2"), "pre None is not supported"),
-    "merge": (bad_tokenizer("gpt2", pre="gpt-2", merges=["a"]), "no pair"),
-    "stray merge": (bad_tokenizer("gpt2", pre="gpt-2", merges=["a c"]), "metadata are damaged"),
-    "types": (bad_tokenizer("gpt2", pre="gpt-2", token_type=[1]), "does not give 3 types"),
-    "scores": (bad_tokenizer("llama", scores=[1.0]), "does not give 3 scores"),
+    "kind": (tokenizer_metadata("bert"), "kind 'bert' is not supported"),
+    "split": (tokenizer_metadata("gpt2", pre="viking"), "pre 'viking' is not supported.*llama-bpe"),
+    "no split": (tokenizer_metadata("gpt2"), "pre None is not supported"),
+    "merge": (tokenizer_metadata("gpt2", pre="gpt-2", merges=["a"]), "no pair"),
+    "stray merge": (
+        tokenizer_metadata("gpt2", pre="gpt-2", merges=["a c"]),
+        "metadata are damaged",
+    ),
+    "types": (tokenizer_metadata("gpt2", pre="gpt-2", token_type=[1]), "does not give 3 types"),
+    "scores": (tokenizer_metadata("llama", scores=[1.0]), "does not give 3 scores"),
     "begin": (
-        bad_tokenizer("gpt2", pre="gpt-2", merges=["a b"], bos_token_id=3, add_bos_token=True),
+        tokenizer_metadata("gpt2", pre="gpt-2", merges=["a b"], bos_token_id=3, add_bos_token=True),
         "bos_token_id is 3",
     ),
-    "twice": (bad_tokenizer("gpt2", tokens=["a", "a"]), "a token twice"),
-    "no tokens": (bad_tokenizer("gpt2", tokens=[]), "holds no tokens"),
+    "twice": (tokenizer_metadata("gpt2", tokens=["a", "a"]), "a token twice"),
+    "no tokens": (tokenizer_metadata("gpt2", tokens=[]), "holds no tokens"),
 }
 
 

@@ -34,6 +34,11 @@ SPLITS = {
     "qwen2": _MODERN % r"\p{N}",
 }
 """What text is split by before merging, by the name llama.cpp gives it."""
+LLAMA3_TOKENS = {128000: "<|begin_of_text|>", 128001: "<|end_of_text|>", 128009: "<|eot_id|>"}
+"""Where Llama 3's vocabulary has its special tokens; no other has them there.
+
+bitnet.cpp's converter for BitNet b1.58 2B-4T, which uses this vocabulary, writes no name.
+"""
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3")
 """Splits of tokenizers that take a whole word that is a token as it is (``ignore_merges``)."""
 
@@ -83,6 +88,8 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     split = metadata.get("tokenizer.ggml.pre")
+    if split in (None, "default") and _is_llama3(tokens):
+        split = "llama-bpe"
     if split not in SPLITS:
         raise InputError(
             f"tokenizer.ggml.pre {split!r} is not supported (supported: {', '.join(SPLITS)}): "
@@ -102,6 +109,11 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
     )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _is_llama3(tokens: list[str]) -> bool:
+    known = LLAMA3_TOKENS.items()
+    return len(tokens) > max(LLAMA3_TOKENS) and all(tokens[i] == token for i, token in known)
 
 
 def _sentence_piece(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> Any:
