@@ -508,5 +508,5 @@ def test_the_trained_checkpoint_continues_as_transformers_does() -> None:
 
 def test_a_config_nested_too_deep_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" * 100_000)
-    with pytest.raises(InputError, match="config.json cannot be read"):
+    with pytest.raises(InputError, match=r"config\.json cannot be read"):
         load(str(tmp_path))
