@@ -346,8 +346,8 @@ static BcStatus *run_matmul(const Kernel *k, BcContext *context, MatmulJob *job)
   job->KB = job->from.Kp / TILE_ROWS;
   job->ldy = job->N;
   if (job->M <= DECODE_ROWS) {
-    /* An even number of tiles, for kernels that walk two, and some 64 KiB of weights a task. */
-    job->step = ceil_div(1 << 16, 2 * job->KB * TILE_BYTES) * 2;
+    /* An even number of tiles, for kernels that walk two, and some 128 KiB of weights a task. */
+    job->step = ceil_div(1 << 17, 2 * job->KB * TILE_BYTES) * 2;
     return parallel(k, context, gemv_task, ceil_div(tiles, job->step), job);
   }
   job->step = job->v->gemm_tiles;
