@@ -8,7 +8,10 @@ only: graph shapes keep the true ``N`` and ``K``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -35,40 +38,100 @@ def groups(K: int, group_size: int) -> int:
     return -(-K // group_size)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """An ``i2`` layout: 2-bit codes in tiles of ``tile_n`` rows by ``tile_k`` columns.
+@dataclass(frozen=True, eq=False)
+class Codec:
+    """How one byte holds several codes: row ``b`` of ``codes`` (uint8 ``[256, fields]``) is byte b.
 
-    Inside a tile, bit pair ``p`` of byte ``r * (tile_k // 4) + j`` holds row ``r``, column
-    ``p * stride + j * step``. The packed array has shape ``[ceil(N/tile_n), ceil(K/tile_k),
-    tile_n * tile_k / 4]``, or ``[N, ceil(K/4)]`` for the row-major portable layout.
+    A byte that no codes make decodes to 3, which no weight has.
+    """
+
+    codes: Bytes
+
+    @property
+    def fields(self) -> int:
+        """Codes a byte."""
+        return int(self.codes.shape[1])
+
+    def join(self, fields: Bytes) -> Bytes:
+        """Bytes ``[...]`` of codes ``[..., fields]``."""
+        index = fields[..., 0].astype(np.uint16)
+        for f in range(1, self.fields):
+            index |= fields[..., f].astype(np.uint16) << np.uint16(2 * f)
+        return np.asarray(self._bytes[index])
+
+    @cached_property
+    def _bytes(self) -> Bytes:
+        """The byte of every combination of codes, first field in the lowest two bits."""
+        table = np.zeros(4**self.fields, np.uint8)
+        place = 4 ** np.arange(self.fields)
+        table[self.codes.astype(np.int64) @ place] = np.arange(256, dtype=np.uint8)
+        return table
+
+
+I2 = Codec(((np.arange(256)[:, None] >> (2 * np.arange(4))) & 3).astype(np.uint8))
+"""Bit pairs, low bits first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A weight in tiles: which row and column each field of each byte of a tile holds.
+
+    Rows and columns inside a tile are split into named axes, most significant first; ``data`` lists
+    the axes that count the tile's bytes, ``field`` those that count the codes of a byte, again most
+    significant first. With ``rows={"r": 16}, columns={"p": 4, "j": 4}, data="rj", field="p"``, code
+    ``p`` of byte ``4 r + j`` is row ``r``, column ``4 p + j``.
+
+    The packed array has shape ``[ceil(N/tile_n), ceil(K/tile_k), bytes of a tile]``, or ``[N,
+    ceil(K/4)]`` for the row-major portable layout.
     """
 
     id: str
-    tile_n: int
-    tile_k: int
-    interleaved: bool
+    rows: Mapping[str, int]
+    columns: Mapping[str, int]
+    data: str
+    field: str
+    codec: Codec = I2
+
+    @property
+    def tile_n(self) -> int:
+        """Rows of a tile."""
+        return prod(self.rows.values())
+
+    @property
+    def tile_k(self) -> int:
+        """Columns of a tile."""
+        return prod(self.columns.values())
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of a tile."""
+        return self.tile_n * self.tile_k // self.codec.fields
+
+    def sizes(self, axes: str) -> tuple[int, ...]:
+        """Extents of axes."""
+        every = {**self.rows, **self.columns}
+        return tuple(every[axis] for axis in axes)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Permutation of ``[R, *rows, C, *columns]`` to ``[R, C, *data, *field]`` (tiles R, C)."""
+        natural = ["R", *self.rows, "C", *self.columns]
+        return tuple(natural.index(axis) for axis in ("R", "C", *self.data, *self.field))
 
     def shape(self, N: int, K: int) -> tuple[int, ...]:
         """Shape of the packed uint8 array of an ``[N, K]`` weight."""
-        rows, cols = -(-N // self.tile_n), -(-K // self.tile_k)
-        if self.tile_n == 1:
-            return (rows, cols * self.tile_k // 4)
-        return (rows, cols, self.tile_n * self.tile_k // 4)
+        R, C = -(-N // self.tile_n), -(-K // self.tile_k)
+        return (R, C * self.tile_bytes) if self.tile_n == 1 else (R, C, self.tile_bytes)
 
     def encode(self, codes: Bytes) -> Bytes:
         """Pack ``codes`` uint8 ``[N, K]`` (values 0..2)."""
         N, K = codes.shape
-        rows, cols = -(-N // self.tile_n), -(-K // self.tile_k)
-        padded = np.ones((rows * self.tile_n, cols * self.tile_k), np.uint8)
+        R, C = -(-N // self.tile_n), -(-K // self.tile_k)
+        padded = np.ones((R * self.tile_n, C * self.tile_k), np.uint8)
         padded[:N, :K] = codes
-        fields = padded.reshape(rows, self.tile_n, cols, *self._fields())
-        if self.interleaved:  # column = p * (tile_k / 4) + j
-            packed = sum(fields[..., p, :] << np.uint8(2 * p) for p in range(4))
-        else:  # column = 4 * j + p
-            packed = sum(fields[..., p] << np.uint8(2 * p) for p in range(4))
-        packed = np.asarray(packed, np.uint8)  # [rows, tile_n, cols, tile_k / 4]
-        return np.ascontiguousarray(packed.transpose(0, 2, 1, 3)).reshape(self.shape(N, K))
+        split = padded.reshape(R, *self.rows.values(), C, *self.columns.values())
+        fields = split.transpose(self.order).reshape(*self.shape(N, K), self.codec.fields)
+        return self.codec.join(fields)
 
     def decode(self, data: Bytes, N: int, K: int) -> Bytes:
         """Codes uint8 ``[N, K]`` of a packed array; raises InputError if its shape is not ours."""
@@ -77,11 +140,10 @@ class Layout:
                 f"packed weight is {data.dtype}{list(data.shape)}; layout {self.id} of a "
                 f"[{N}, {K}] weight is uint8{list(self.shape(N, K))}: pack it again"
             )
-        rows, cols = -(-N // self.tile_n), -(-K // self.tile_k)
-        tiles = data.reshape(rows, cols, self.tile_n, self.tile_k // 4).transpose(0, 2, 1, 3)
-        axis = -2 if self.interleaved else -1
-        fields = np.stack([(tiles >> np.uint8(2 * p)) & np.uint8(3) for p in range(4)], axis=axis)
-        return np.ascontiguousarray(fields.reshape(rows * self.tile_n, cols * self.tile_k)[:N, :K])
+        R, C = -(-N // self.tile_n), -(-K // self.tile_k)
+        split = self.codec.codes[data].reshape(R, C, *self.sizes(self.data + self.field))
+        natural = split.transpose(np.argsort(self.order))
+        return np.ascontiguousarray(natural.reshape(R * self.tile_n, C * self.tile_k)[:N, :K])
 
     def scale_shape(self, N: int, K: int, group_size: int = 0) -> tuple[int, ...]:
         """Shape of the float32 scales of an ``[N, K]`` weight.
@@ -115,14 +177,13 @@ class Layout:
             return stored
         return np.ascontiguousarray(stored.transpose(0, 2, 1).reshape(-1, expected[1])[:N])
 
-    def _fields(self) -> tuple[int, int]:
-        return (4, self.tile_k // 4) if self.interleaved else (self.tile_k // 4, 4)
 
-
-PORTABLE = Layout("i2", tile_n=1, tile_k=4, interleaved=False)
+PORTABLE = Layout("i2", rows={}, columns={"p": 4}, data="", field="p")
 """Row-major over K, four consecutive columns a byte, low bits first: what graphs carry."""
 
-CPU_TILE = Layout("i2_n16k16", tile_n=16, tile_k=16, interleaved=True)
+CPU_TILE = Layout(
+    "i2_n16k16", rows={"r": 16}, columns={"p": 4, "j": 4}, data="rj", field="p"
+)
 """``[N/16][K/16][64 B]``: byte ``4r + j``, bit pair ``p`` = row ``r``, column ``4p + j``.
 
 One 64-byte load holds 16 rows x 4 consecutive columns in each bit pair, so that a kernel decodes

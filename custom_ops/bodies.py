@@ -62,20 +62,15 @@ def quantize(limit: float, x: str = "x") -> str:
 def unpack(layout_id: str, w: str = "w") -> str:
     """``w_t``: the packed weight as int8 ``[K, N]`` (attributes N, K of the function)."""
     chosen = layout(layout_id)
-    n, k4 = chosen.tile_n, chosen.tile_k // 4
-    # [rows, cols, n, field, k4] or [rows, cols, n, k4, field] -> [rows, n, cols, ...]
-    fields = [1, 1, 1, 4, 1] if chosen.interleaved else [1, 1, 1, 1, 4]
-    split = [0, 0, n, 1, k4] if chosen.interleaved else [0, 0, n, k4, 1]
-    flat = [0, -1, n * k4] if n > 1 else [0, -1, 1]
+    trits = chosen.codec.codes.astype(int) - 1  # [256, fields]
+    split = [0, 0, *chosen.sizes(chosen.data + chosen.field)]
+    natural = sorted(range(len(split)), key=chosen.order.__getitem__)
     return (
-        constant("u_flat", flat)
+        constant("u_flat", [0, -1, chosen.tile_bytes])
         + constant("u_split", split)
-        + constant("u_shifts", [1, 4, 16, 64])
-        + constant("u_fields", fields)
-        + constant("u_four", 4)
-        + constant("u_one", 1)
-        + constant("u_rows", [0, n, -1] if n > 1 else [0, 1, -1])
-        + constant("u_matrix", [-1, 0])
+        + constant("u_trits", [int(trit) for trit in trits.ravel()])
+        + constant("u_table", list(trits.shape))
+        + constant("u_rows", [0, chosen.tile_n, -1])
         + constant("u_start", [0, 0])
         + constant("u_axes", [0, 1])
         + constant("u_zero", [0])
@@ -84,18 +79,13 @@ def unpack(layout_id: str, w: str = "w") -> str:
         "  u_n1 = Unsqueeze (u_n, u_zero)\n"
         "  u_k1 = Unsqueeze (u_k, u_zero)\n"
         "  u_end = Concat <axis: int = 0> (u_n1, u_k1)\n"
+        "  u_small = Cast <to: int = 3> (u_trits)\n"
+        "  u_of_byte = Reshape (u_small, u_table)\n"
         f"  u_int = Cast <to: int = 6> ({w})\n"
         "  u_tiles = Reshape (u_int, u_flat)\n"
-        "  u_bytes = Reshape (u_tiles, u_split)\n"
-        "  u_shift4 = Reshape (u_shifts, u_fields)\n"
-        "  u_shift = Cast <to: int = 6> (u_shift4)\n"
-        "  u_mod4 = Cast <to: int = 6> (u_four)\n"
-        "  u_off = Cast <to: int = 6> (u_one)\n"
-        "  u_div = Div (u_bytes, u_shift)\n"
-        "  u_code = Mod (u_div, u_mod4)\n"
-        "  u_trit = Sub (u_code, u_off)\n"
-        "  u_small = Cast <to: int = 3> (u_trit)\n"
-        "  u_order = Transpose <perm: ints = [0, 2, 1, 3, 4]> (u_small)\n"
+        "  u_codes = Gather <axis: int = 0> (u_of_byte, u_tiles)\n"
+        "  u_fields = Reshape (u_codes, u_split)\n"
+        f"  u_order = Transpose <perm: ints = {natural}> (u_fields)\n"
         "  u_wide = Reshape (u_order, u_rows)\n"
         "  u_rowsize = Shape <start: int = 2, end: int = 3> (u_wide)\n"
         "  u_minus = Constant <value_ints: ints = [-1]> ()\n"
