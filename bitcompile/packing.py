@@ -181,9 +181,7 @@ class Layout:
 PORTABLE = Layout("i2", rows={}, columns={"p": 4}, data="", field="p")
 """Row-major over K, four consecutive columns a byte, low bits first: what graphs carry."""
 
-CPU_TILE = Layout(
-    "i2_n16k16", rows={"r": 16}, columns={"p": 4, "j": 4}, data="rj", field="p"
-)
+CPU_TILE = Layout("i2_n16k16", rows={"r": 16}, columns={"p": 4, "j": 4}, data="rj", field="p")
 """``[N/16][K/16][64 B]``: byte ``4r + j``, bit pair ``p`` = row ``r``, column ``4p + j``.
 
 One 64-byte load holds 16 rows x 4 consecutive columns in each bit pair, so that a kernel decodes
