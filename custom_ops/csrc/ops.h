@@ -25,6 +25,7 @@ enum {
   } while (0)
 
 static inline int64_t bc_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t bc_max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t bc_min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Roof is not part of the model operators: `bitcompile bench` compares with it. */
@@ -58,11 +59,12 @@ typedef struct Kernel { /* one node; read-only after its creation, so that Compu
   float eps;
   uint32_t constant; /* bit i set: input i is a constant, parsed once */
   Tensor fixed[MAX_INPUTS];
+  void *own; /* what Device.attach made */
 } Kernel;
 
 typedef BcStatus *bc_compute_fn(const Kernel *, BcContext *);
 
-/* What runs the operators. A plugin has one, bc_device. */
+/* What runs the operators. */
 struct Device {
   const char *provider; /* execution provider, NULL for the CPU's */
   const char *layout;   /* id of the weight layout its kernels read, and a tile of it */
@@ -70,9 +72,13 @@ struct Device {
   /* Once a registration: `state` of its kernels, which is never freed. */
   BcStatus *(*open)(const BcApi *, const void **state);
   bc_compute_fn *compute[BC_OPS]; /* NULL for an operator it does not have */
+  /* Around a node's life, if not NULL: its constants on the device, in `own`. */
+  BcStatus *(*attach)(Kernel *);
+  void (*detach)(Kernel *);
 };
 
-extern const Device bc_device;
+extern const Device *const bc_device; /* the plugin's, chosen by its generated table */
+extern const Device bc_cpu_device, bc_opencl_device;
 
 /* An ORT status with a formatted text that names the remedy. */
 BcStatus *bc_fail(const BcApi *api, int code, const char *format, ...);
@@ -90,6 +96,15 @@ BcStatus *bc_expect_weight(const Kernel *k, const char *what, const Tensor *w,
 /* An optional float input: NULL if it is the rank-0 zero that means "absent". */
 BcStatus *bc_optional(const Kernel *k, const char *what, const Tensor *t, size_t rank,
                       const int64_t *dim, const float **out);
+/* A call of a model operator: checked inputs, output, and what may be absent (then NULL). */
+typedef struct Node {
+  Tensor in[MAX_INPUTS], y;
+  int64_t M; /* rows */
+  const float *bias, *residual;
+} Node;
+BcStatus *bc_open_node(const Kernel *k, BcContext *context, Node *out);
+/* Index of a linear operator's weight: NormBitLinear has gamma before it. */
+static inline size_t bc_weight_index(const Kernel *k) { return k->op == BC_NORM_BIT_LINEAR ? 2 : 1; }
 /* x [..., K]: checks its last dimension, allocates y [..., N], counts rows. */
 BcStatus *bc_open_rows(const Kernel *k, BcContext *context, const Tensor *x, int64_t K, int64_t N,
                        Tensor *y, int64_t *M);

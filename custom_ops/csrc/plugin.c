@@ -147,6 +147,7 @@ static BcStatus *BC_CALL create(const BcOp *base, const BcApi *api, const BcInfo
     status = bc_parse_tensor(k, i, value, &k->fixed[i]);
     k->constant |= 1u << i;
   }
+  if (!status && k->device->attach) status = k->device->attach(k);
   if (status)
     free(k);
   else
@@ -159,7 +160,11 @@ static BcStatus *BC_CALL compute(void *kernel, BcContext *context) {
   return k->device->compute[k->op](k, context);
 }
 
-static void BC_CALL destroy(void *kernel) { free(kernel); }
+static void BC_CALL destroy(void *kernel) {
+  Kernel *k = kernel;
+  if (k->device->detach) k->device->detach(k);
+  free(k);
+}
 
 /* The output has the shape of x with N as last dimension; unknown shapes stay unknown. */
 static BcStatus *infer_shape(const Operator *op, BcInfer *context) {
@@ -254,16 +259,16 @@ static BcStatus *BC_CALL register_ops(BcOptions *options, const BcApiBase *base)
                             base->GetVersionString())
                   : NULL;
   }
-  TRY(bc_device.open(api, &state));
+  TRY(bc_device->open(api, &state));
   /* The domain and its operators must outlive every session made from the options, and the runtime
    * never says when the last is gone: they stay, about a kilobyte a registration. */
   Operator *ops = calloc(BC_OPS, sizeof *ops);
   if (!ops) return bc_fail(api, BC_FAIL, "bitcompile: out of memory");
   TRY(ort_CreateCustomOpDomain(api)("bitcompile", &domain));
   for (int i = 0; i < BC_OPS; i++) {
-    if (!bc_device.compute[i]) continue;
+    if (!bc_device->compute[i]) continue;
     ops[i] =
-        (Operator){.base = callbacks, .api = api, .device = &bc_device, .state = state, .op = i};
+        (Operator){.base = callbacks, .api = api, .device = bc_device, .state = state, .op = i};
     TRY(ort_CustomOpDomain_Add(api)(domain, &ops[i].base));
   }
   return ort_AddCustomOpDomain(api)(options, domain);
