@@ -55,6 +55,20 @@ class BuildOptions:
         default=None,
         metadata={"help": "Tokens of the KV cache [default: 4096 or the model's limit]."},
     )
+    offload: str | None = field(
+        default=None,
+        metadata={
+            "help": "Work of an OpenCL device: prefill, all, none or auto, which is all for one "
+            "with memory of its own, else prefill [default: auto]."
+        },
+    )
+    fallback: str | None = field(
+        default=None,
+        metadata={
+            "help": "What takes over where a GPU target finds no usable device: cpu or none "
+            "[default: cpu]."
+        },
+    )
     verify: bool = field(
         default=True, metadata={"help": "Verify the artifact if this machine can run it."}
     )
@@ -77,6 +91,12 @@ class BuildOptions:
         defaults = ("q8", "last") if checkpoint else ("float", "all")
         return replace(self, head=self.head or defaults[0], logits=self.logits or defaults[1])
 
+    @property
+    def of_target(self) -> dict[str, str]:
+        """The choices made that only some targets have."""
+        given = {"offload": self.offload, "fallback": self.fallback}
+        return {name: value for name, value in given.items() if value is not None}
+
     def recorded(self) -> dict[str, Any]:
         """What the manifest keeps: the choices that shape the artifact."""
         return {k: v for k, v in asdict(self).items() if k not in ("verify", "dump", "force")}
@@ -94,6 +114,8 @@ def build(
     logits: str | None = None,
     layout: str = "auto",
     context: int | None = None,
+    offload: str | None = None,
+    fallback: str | None = None,
     verify: bool = True,
     dump: str | Path | None = None,
     force: bool = False,
@@ -110,7 +132,9 @@ def build(
     :mod:`bitcompile.errors`).
     """
     folder = None if dump is None else Path(dump)
-    options = BuildOptions(target, host, head, logits, layout, context, verify, folder, force)
+    options = BuildOptions(
+        target, host, head, logits, layout, context, offload, fallback, verify, folder, force
+    )
     return run(model, Path(out), options, progress, example_inputs, dynamic_shapes)
 
 
@@ -126,7 +150,7 @@ def run(
     from bitcompile.targets import resolve
 
     artifacts.check_output(out, options.force)
-    target = resolve(options.target, options.host)
+    target = resolve(options.target, options.host, options.of_target)
     _require_toolchain(target)
 
     # These need the build extra, which the line above has asked for.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -52,3 +52,9 @@ class Target:
     """Further files of an artifact, by their names there, given the compiled plugin."""
     guide: tuple[str, ...] = ("python", "genai", "c")
     """Sections of an artifact's README, by their names in ``companions.SECTIONS``."""
+    hosts: tuple[str, ...] = ()
+    """Other triples it builds for, through ``vary``."""
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Build options that only some targets have, and their values, the default first."""
+    vary: Callable[[str, Mapping[str, str]], Target] | None = None
+    """The same target for a triple of ``hosts`` (or its own), and with other choices."""

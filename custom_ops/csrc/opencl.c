@@ -61,8 +61,9 @@ static int calibrated(void) {
   snprintf(path, sizeof path, "%s.offload", self.dli_fname);
   FILE *file = fopen(path, "r");
   if (!file) return -1;
-  if (fscanf(file, "%15s", word) != 1) word[0] = 0;
+  size_t length = fread(word, 1, sizeof word - 1, file);
   fclose(file);
+  while (length && word[length - 1] <= ' ') word[--length] = 0;
   return offload_named(word);
 }
 

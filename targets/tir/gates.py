@@ -64,9 +64,7 @@ def _silu(a: Arithmetic, g: Expr, lanes: int) -> Expr:
 def _gelu_tanh(a: Arithmetic, g: Expr, lanes: int) -> Expr:
     cube = a.exact(a.exact(g * g, lanes) * g, lanes)
     inner = g + a.exact(cube * f32(numerics.GELU_TANH_C1, lanes), lanes)
-    return _sigmoid_product(
-        a, g, a.exact(inner * f32(numerics.GELU_TANH_C0, lanes), lanes), lanes
-    )
+    return _sigmoid_product(a, g, a.exact(inner * f32(numerics.GELU_TANH_C0, lanes), lanes), lanes)
 
 
 def _gelu_erf(a: Arithmetic, g: Expr, lanes: int) -> Expr:

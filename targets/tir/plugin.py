@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from bitcompile.targets.tir.isa import Isa
 
 TIR = Path(__file__).parent
-GLUE = ("plugin.c", "checks.c", "cpu.c")
-"""The C sources of every CPU plugin."""
+GLUE = ("plugin.c", "checks.c")
+"""The C sources of every plugin."""
+CPU_GLUE = "cpu.c"
 NEEDED_BYTES = 32 << 20
 """Free space a compilation may take."""
 
@@ -52,6 +54,18 @@ GENERATORS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
 """Field of ``bc_variant`` (``kernels.h``): module, function, arguments after (isa, name)."""
 
 
+@dataclass(frozen=True)
+class DeviceCode:
+    """What a plugin has beside CPU kernels, to run the operators on another device."""
+
+    sources: tuple[str, ...]
+    """C files."""
+    table: Callable[[], str]
+    """C text that names the device (``bc_device``) and holds its kernels."""
+    key: str
+    """What the table depends on beside the project's sources."""
+
+
 def _generate(field: str, isa: Isa) -> Any:
     module, function, arguments = GENERATORS[field]
     generator = getattr(import_module(f"bitcompile.targets.tir.{module}"), function)
@@ -73,6 +87,10 @@ def kernel_table(isas: Sequence[str]) -> tuple[Kernel, ...]:
     return tuple(
         Kernel(_plain(field), isa, symbol(field, isa)) for isa in isas for field in GENERATORS
     )
+
+
+CPU_DEVICE = "const Device *const bc_device = &bc_cpu_device;\n"
+"""The line that makes the CPU a plugin's device."""
 
 
 def _table_source(isas: Sequence[Isa], layout: str) -> str:
@@ -124,10 +142,10 @@ def cache_dir() -> Path:
 def _fingerprint(*parts: str) -> str:
     """Hash of the generators, the C sources and the compilers' versions."""
     spine = Path(bitcompile.errors.__file__).parent
-    sources = [*sorted(TIR.glob("*.py")), *sorted(CSRC.rglob("*.*")), spine / "numerics.py"]
+    sources = [*sorted(TIR.rglob("*.*")), *sorted(CSRC.rglob("*.*")), spine / "numerics.py"]
     digest = hashlib.sha256()
     for path in sources:
-        if path.is_file():
+        if path.is_file() and path.suffix != ".pyc":
             digest.update(path.name.encode() + path.read_bytes())
     versions = [metadata.version(package) for package in ("apache-tvm", "ziglang")]
     digest.update("\0".join([*versions, *parts]).encode())
@@ -141,15 +159,19 @@ def build_plugin(
     library: str,
     cpu: str,
     system: System = LINUX,
+    device: DeviceCode | None = None,
 ) -> Path:
     """The plugin, from the cache or freshly compiled; beside it a static library if there is one.
 
     ``isas``: called only when it must be compiled (it imports TVM); ``cpu``: the C file that knows
-    the CPU's features; ``system``: whose triple it is. Raises ToolchainError if a compiler is
-    missing or fails.
+    the CPU's features; ``system``: whose triple it is; ``device``: what runs the operators instead
+    of the CPU. Without ``isas`` there are no CPU kernels in it. Raises ToolchainError if a compiler
+    is missing or fails.
     """
     try:
-        folder = cache_dir() / _fingerprint(triple, layout, library, cpu)
+        folder = cache_dir() / _fingerprint(
+            triple, layout, library, cpu, device.key if device else ""
+        )
     except metadata.PackageNotFoundError as error:
         raise ToolchainError(
             f'package {error.name} is not installed: pip install "bitcompile[build]"'
@@ -158,7 +180,7 @@ def build_plugin(
     try:
         if not _intact(path):
             _require_space(folder.parent)
-            _compile(isas(), triple, layout, CSRC / cpu, path, system)
+            _compile(isas(), triple, layout, CSRC / cpu, path, system, device)
     except OSError as error:
         raise ToolchainError(
             f"cannot use the cache {folder.parent} ({error.strerror}): set BITCOMPILE_CACHE to a "
@@ -196,7 +218,13 @@ def _require_space(folder: Path) -> None:
 
 
 def _compile(
-    isas: Sequence[Isa], triple: str, layout: str, cpu: Path, path: Path, system: System
+    isas: Sequence[Isa],
+    triple: str,
+    layout: str,
+    cpu: Path,
+    path: Path,
+    system: System,
+    device: DeviceCode | None,
 ) -> None:
     """Compile and link into a temporary folder, then move the results to ``path``'s."""
     from bitcompile.targets.tir.objects import compile_object
@@ -210,9 +238,12 @@ def _compile(
             objects.append(work / f"{isa.name}.o")
             target = {**isa.target, "mtriple": system.llvm_triple(triple)}
             compile_object(functions, target, objects[-1])
-        table = work / "kernels.c"
-        table.write_text(_table_source(isas, layout))
-        sources = [table, *(CSRC / name for name in GLUE), cpu]
+        sources = [CSRC / name for name in (*GLUE, *(device.sources if device else ()))]
+        if isas:
+            sources += [CSRC / CPU_GLUE, cpu, work / "kernels.c"]
+            sources[-1].write_text(_table_source(isas, layout))
+        sources.append(work / "device.c")
+        sources[-1].write_text(device.table() if device else '#include "ops.h"\n' + CPU_DEVICE)
         made = work / path.name
         system.link(triple, objects, sources, made)
         if system.archive is not None:

@@ -6,6 +6,7 @@
 
 void *malloc(size_t size);
 void *calloc(size_t count, size_t size);
+int posix_memalign(void **out, size_t alignment, size_t size);
 void free(void *block);
 char *getenv(const char *name);
 

@@ -15,8 +15,8 @@ from bitcompile.targets.tir.dsl import Buffer, Expr, IRBuilder, T, kernel_parame
 from bitcompile.targets.tir.gates import Arithmetic
 from bitcompile.targets.tir.objects import lowering
 
-GROUPS = 1 << 24
-"""Nominal number of work-groups along an axis: the host gives the true one."""
+GROUPS = 1 << 22
+"""More work-groups than an axis ever has: the host gives the true number."""
 PRELUDE = Path(__file__).with_name("prelude.cl")
 
 
@@ -104,12 +104,10 @@ def source(functions: Mapping[str, Any]) -> str:
     """OpenCL C of ``{name: PrimFunc}``, the prelude first."""
     goal = tvm.target.Target({"kind": "opencl"})
     attributes = {"target": goal, "tirx.noalias": True, "calling_conv": 2}  # a device kernel
-    module = tvm.IRModule(
-        {
-            name: function.with_attr({"global_symbol": name, **attributes})
-            for name, function in functions.items()
-        }
-    )
-    lowered = tvm.ir.transform.Sequential(lowering(text=True))(module)
-    built = tvm.get_global_func("target.build.opencl")(lowered, goal)
-    return PRELUDE.read_text("ascii") + str(built.inspect_source())
+    texts = [PRELUDE.read_text("ascii")]
+    for name, function in functions.items():  # one at a time: a module repeats all declarations
+        module = tvm.IRModule({name: function.with_attr({"global_symbol": name, **attributes})})
+        lowered = tvm.ir.transform.Sequential(lowering(text=True))(module)
+        built = tvm.get_global_func("target.build.opencl")(lowered, goal)
+        texts.append(str(built.inspect_source()))
+    return "\n".join(texts)

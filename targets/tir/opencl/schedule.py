@@ -25,7 +25,7 @@ class Schedule:
     blocks: int = 1
     """Work-items with different activation rows."""
     stage: int = 0
-    """16-column blocks of the activations copied to local memory at a time, 0 to read them direct."""
+    """16-column blocks of activations that local memory holds at a time, 0 to do without."""
 
     @property
     def lanes(self) -> int:
