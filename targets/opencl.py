@@ -123,13 +123,15 @@ def _missing_driver() -> str | None:
     return "no OpenCL driver (libOpenCL.so): install the GPU's driver, or pocl-opencl-icd"
 
 
+# No assumption about the device: 16 neighbouring items read 64 neighbouring bytes.
+SCHEDULES = Schedules(
+    decode=Schedule(rows=1, tiles=1, slices=4),
+    prefill=Schedule(rows=4, tiles=4, batch=4, blocks=4),
+)
+
 OPENCL = opencl_target(
     "opencl",
-    # No assumption about the device: 16 neighbouring items read 64 neighbouring bytes.
-    Schedules(
-        decode=Schedule(rows=1, tiles=1, slices=4),
-        prefill=Schedule(rows=4, tiles=4, batch=4, blocks=4),
-    ),
+    SCHEDULES,
     x86.TRIPLE,
     "ONNX Runtime plugin (.so) with OpenCL and CPU kernels for Linux and Android",
 )

@@ -1,6 +1,6 @@
 /* The arithmetic of targets/tir/opencl/prelude.cl, compiled as C, against the processor's IEEE
- * operations. ROUGH = n: the device's division is off by up to n units in the last place. Prints what
- * differs; silence is success. */
+ * operations. ROUGH = n: the device's division is off by up to n units in the last place. Prints
+ * what differs; silence is success. */
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -65,14 +65,15 @@ int main(void) {
     root(as_float(m | 0x40000000u));
   }
   for (int i = 0; i < 1 << 22; i++) {
-    float b = as_float((next() & 0x7fffff) | 0x3f800000u), q = as_float((next() & 0x7fffff) | 0x3f800000u);
+    float b = as_float((next() & 0x7fffff) | 0x3f800000u),
+          q = as_float((next() & 0x7fffff) | 0x3f800000u);
     /* Quotients as near to half-way between two floats as they come. */
     double middle = q + 0x1p-24;
     float a = (float)(middle * b);
     divide(a, b);
     divide(as_float(as_uint(a) + 1), b);
     divide(as_float(as_uint(a) - 1), b);
-    divide(as_float(next()), as_float(next()));                        /* anything at all */
+    divide(as_float(next()), as_float(next()));                          /* anything at all */
     divide(as_float(next() & 0x9ffffff), as_float(next() | 0x50000000)); /* small by large */
     root(as_float(next() & 0x7fffffff));
   }

@@ -153,8 +153,8 @@ static BcStatus *check_head(const Kernel *k, const Tensor *in) {
 }
 
 BcStatus *bc_open_node(const Kernel *k, BcContext *context, Node *out) {
-  static BcStatus *(*const checks[])(const Kernel *, const Tensor *) = {
-      check_linear, check_linear, check_glu, check_head};
+  static BcStatus *(*const checks[])(const Kernel *, const Tensor *) = {check_linear, check_linear,
+                                                                        check_glu, check_head};
   int linear = k->op == BC_BIT_LINEAR || k->op == BC_NORM_BIT_LINEAR;
   int64_t bias_shape[] = {k->N};
   const Tensor *last = &out->in[k->spec->inputs - 1];

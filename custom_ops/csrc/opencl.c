@@ -36,8 +36,8 @@ static const State *state_of(const Kernel *k) { return k->state; }
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static Cl *shared_device;
 
-
-/* ---- opening ------------------------------------------------------------------------------------ */
+/* ---- opening ------------------------------------------------------------------------------------
+ */
 
 /* Says once why the CPU does the device's work. */
 static void say_fallback(const char *why) {
@@ -127,7 +127,8 @@ static BcStatus *open_opencl(const BcApi *api, const void **out) {
   return status;
 }
 
-/* ---- constants on the device --------------------------------------------------------------------- */
+/* ---- constants on the device
+ * --------------------------------------------------------------------- */
 
 static ClMem hold(Cl *cl, const void *data, size_t bytes) {
   for (Held *h = cl->held; h; h = h->next)
@@ -206,7 +207,8 @@ static BcStatus *attach(Kernel *k) {
   return give_up(k, why);
 }
 
-/* ---- a call --------------------------------------------------------------------------------------- */
+/* ---- a call
+ * --------------------------------------------------------------------------------------- */
 
 typedef struct Call { /* under the lock */
   const Kernel *k;
@@ -255,9 +257,9 @@ static int send(Call *c, const float *x, int64_t x_count, const float *residual,
   int64_t total = x_count + (residual && !same ? count : 0);
   *residual_at = same ? 0 : x_count;
   if (bc_cl_room(c->cl, BUFFER_IN, total * 4)) return 1;
-  float *to = c->cl->api.EnqueueMapBuffer(c->cl->queue, buffer(c, BUFFER_IN), 1,
-                                          (uint64_t)CL_WRITING, 0, (size_t)total * 4, 0, NULL, NULL,
-                                          &code);
+  float *to =
+      c->cl->api.EnqueueMapBuffer(c->cl->queue, buffer(c, BUFFER_IN), 1, (uint64_t)CL_WRITING, 0,
+                                  (size_t)total * 4, 0, NULL, NULL, &code);
   if (to && !code) {
     memcpy(to, x, (size_t)x_count * 4);
     if (total > x_count) memcpy(to + x_count, residual, (size_t)count * 4);
@@ -272,9 +274,9 @@ static int send(Call *c, const float *x, int64_t x_count, const float *residual,
 static int receive(Call *c, float *y, int64_t count) {
   int32_t code = 0;
   char why[64];
-  const float *from = c->cl->api.EnqueueMapBuffer(c->cl->queue, buffer(c, BUFFER_OUT), 1,
-                                                  (uint64_t)CL_READING, 0, (size_t)count * 4, 0,
-                                                  NULL, NULL, &code);
+  const float *from =
+      c->cl->api.EnqueueMapBuffer(c->cl->queue, buffer(c, BUFFER_OUT), 1, (uint64_t)CL_READING, 0,
+                                  (size_t)count * 4, 0, NULL, NULL, &code);
   if (from && !code) {
     memcpy(y, from, (size_t)count * 4);
     code = c->cl->api.EnqueueUnmapMemObject(c->cl->queue, buffer(c, BUFFER_OUT), (void *)from, 0,
@@ -390,7 +392,8 @@ static int run(Call *c, rows_fn *rows, const float *residual, float *y, int64_t 
   return failed;
 }
 
-/* ---- the operators -------------------------------------------------------------------------------- */
+/* ---- the operators
+ * -------------------------------------------------------------------------------- */
 
 static rows_fn *const rows_of[BC_OPS] = {linear_rows, linear_rows, glu_rows, head_rows, NULL};
 
@@ -398,8 +401,8 @@ static rows_fn *const rows_of[BC_OPS] = {linear_rows, linear_rows, glu_rows, hea
 static int repays(const Kernel *k, int64_t M) {
   const State *state = state_of(k);
   if (!k->own || state->cl->broken) return !state->cpu;
-  return state->offload == OFFLOAD_ALL ||
-         (state->offload == OFFLOAD_PREFILL && M > DECODE_ROWS) || !state->cpu;
+  return state->offload == OFFLOAD_ALL || (state->offload == OFFLOAD_PREFILL && M > DECODE_ROWS) ||
+         !state->cpu;
 }
 
 static BcStatus *compute(const Kernel *k, BcContext *context) {
@@ -412,8 +415,8 @@ static BcStatus *compute(const Kernel *k, BcContext *context) {
   if (!repays(k, node.M)) return on_cpu(k, context);
   call.in = node.in;
   pthread_mutex_lock(&lock);
-  int failed = call.cl->broken || run(&call, rows_of[k->op], node.residual, (float *)node.y.data,
-                                      node.M, widest);
+  int failed = call.cl->broken ||
+               run(&call, rows_of[k->op], node.residual, (float *)node.y.data, node.M, widest);
   call.cl->broken = failed;
   snprintf(why, sizeof why, "%s", call.cl->fault);
   pthread_mutex_unlock(&lock);

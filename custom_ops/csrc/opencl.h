@@ -5,7 +5,8 @@
 #include "opencl_abi.h"
 #include "ops.h"
 
-/* ---- the generated table (targets/tir/opencl/plugin.py) --------------------------------------- */
+/* ---- the generated table (targets/tir/opencl/plugin.py) ---------------------------------------
+ */
 
 enum {
   CLK_QUANTIZE,
@@ -30,7 +31,7 @@ typedef struct bc_cl_kernel {
   int32_t rows[2];  /* of the output that a work-group computes: along its first axis, its second */
 } bc_cl_kernel;
 
-extern const char bc_cl_target[]; /* its name, which BITCOMPILE_ISA may hold */
+extern const char bc_cl_target[];                /* its name, which BITCOMPILE_ISA may hold */
 extern const char bc_cl_source[], bc_cl_probe[]; /* OpenCL C: all kernels; the probe alone */
 extern const bc_cl_kernel bc_cl_kernels[CLK_KERNELS];
 extern const char bc_cl_layout[];
@@ -43,10 +44,20 @@ extern bc_open_fn *const bc_cl_cpu_open;
 /* Which calls go to the device: auto, none, prefill, all. */
 extern const char bc_cl_offload[];
 
-/* ---- the device -------------------------------------------------------------------------------- */
+/* ---- the device --------------------------------------------------------------------------------
+ */
 
-enum { BUFFER_IN, BUFFER_Q, BUFFER_LO, BUFFER_S, BUFFER_SUMS, BUFFER_BOTH, BUFFER_HIDDEN,
-       BUFFER_OUT, BUFFERS };
+enum {
+  BUFFER_IN,
+  BUFFER_Q,
+  BUFFER_LO,
+  BUFFER_S,
+  BUFFER_SUMS,
+  BUFFER_BOTH,
+  BUFFER_HIDDEN,
+  BUFFER_OUT,
+  BUFFERS
+};
 
 typedef struct Buffer { /* grows to the largest size asked for */
   ClMem mem;

@@ -36,7 +36,8 @@ const char *bc_cl_error(int32_t code, char *text, size_t size) {
   return text;
 }
 
-/* ---- driver and device ------------------------------------------------------------------------- */
+/* ---- driver and device -------------------------------------------------------------------------
+ */
 
 static int load_driver(Cl *cl) {
   static const char *names[] = {
@@ -54,11 +55,10 @@ static int load_driver(Cl *cl) {
   void *library = NULL;
   for (size_t i = 0; i < sizeof names / sizeof *names && !library; i++)
     library = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
-  if (!library)
-    return bc_cl_fault(cl, "no OpenCL driver (libOpenCL.so): install the GPU's driver");
-#define BC_CL_LOAD(name, result, parameters)                       \
-  *(void **)&cl->api.name = dlsym(library, "cl" #name);            \
-  if (!cl->api.name)                                               \
+  if (!library) return bc_cl_fault(cl, "no OpenCL driver (libOpenCL.so): install the GPU's driver");
+#define BC_CL_LOAD(name, result, parameters)            \
+  *(void **)&cl->api.name = dlsym(library, "cl" #name); \
+  if (!cl->api.name)                                    \
     return bc_cl_fault(cl, "the OpenCL driver lacks cl" #name ": update the GPU's driver");
   BC_CL_FUNCTIONS(BC_CL_LOAD)
   return 0;
@@ -146,7 +146,8 @@ static int open_device(Cl *cl) {
                      bc_cl_error(code, why, sizeof why));
 }
 
-/* ---- commands ------------------------------------------------------------------------------------ */
+/* ---- commands
+ * ------------------------------------------------------------------------------------ */
 
 int bc_cl_launch(Cl *cl, int which, int64_t groups_x, int64_t groups_y, const char *types, ...) {
   const bc_cl_kernel *k = &bc_cl_kernels[which];
@@ -188,9 +189,8 @@ int bc_cl_room(Cl *cl, int which, int64_t bytes) {
   if (b->mem && b->bytes >= (size_t)bytes) return 0;
   if (b->mem) cl->api.ReleaseMemObject(b->mem);
   b->bytes = (size_t)bytes;
-  b->mem = cl->api.CreateBuffer(cl->context,
-                                (uint64_t)(CL_READ_WRITE | (moves ? CL_ALLOC_HOST : 0)), b->bytes,
-                                NULL, &code);
+  b->mem = cl->api.CreateBuffer(
+      cl->context, (uint64_t)(CL_READ_WRITE | (moves ? CL_ALLOC_HOST : 0)), b->bytes, NULL, &code);
   if (b->mem) return 0;
   return bc_cl_fault(cl, "%s cannot hold %lld bytes of activations, %s: use shorter sequences",
                      cl->name, (long long)bytes, bc_cl_error(code, why, sizeof why));
@@ -217,7 +217,8 @@ ClMem bc_cl_constant(Cl *cl, const void *data, size_t bytes) {
   return mem;
 }
 
-/* ---- the probe: does the device compute what the kernels need? --------------------------------- */
+/* ---- the probe: does the device compute what the kernels need? ---------------------------------
+ */
 
 enum { PROBES = 1024 };
 
@@ -276,8 +277,8 @@ static ClMem probe_buffer(Cl *cl, void *data, size_t bytes) {
                               &code);
 }
 
-/* Whether root is the float nearest to the square root of x. The ends of the interval that rounds to
- * it have 25 bits, so that doubles hold their squares exactly. */
+/* Whether root is the float nearest to the square root of x. The ends of the interval that rounds
+ * to it have 25 bits, so that doubles hold their squares exactly. */
 static int nearest_root(float root, float x) {
   uint32_t bits;
   float below, above;
@@ -319,10 +320,11 @@ static int run_probe(Cl *cl, ClProgram program) {
   ClKernel saved = cl->kernel[CLK_PROBE];
   if (!p) return wrong;
   fill_probe(p);
-  ClMem m[] = {probe_buffer(cl, p->w, sizeof p->w),         probe_buffer(cl, p->a, sizeof p->a),
-               probe_buffer(cl, p->c, sizeof p->c),         probe_buffer(cl, p->x, sizeof p->x),
-               probe_buffer(cl, p->y, sizeof p->y),         probe_buffer(cl, p->z, sizeof p->z),
-               probe_buffer(cl, p->whole, sizeof p->whole), probe_buffer(cl, p->real, sizeof p->real)};
+  ClMem m[] = {
+      probe_buffer(cl, p->w, sizeof p->w),         probe_buffer(cl, p->a, sizeof p->a),
+      probe_buffer(cl, p->c, sizeof p->c),         probe_buffer(cl, p->x, sizeof p->x),
+      probe_buffer(cl, p->y, sizeof p->y),         probe_buffer(cl, p->z, sizeof p->z),
+      probe_buffer(cl, p->whole, sizeof p->whole), probe_buffer(cl, p->real, sizeof p->real)};
   int whole = 1;
   for (int i = 0; i < 8; i++) whole &= m[i] != NULL;
   cl->kernel[CLK_PROBE] = cl->api.CreateKernel(program, bc_cl_kernels[CLK_PROBE].name, &code);
@@ -340,7 +342,8 @@ static int run_probe(Cl *cl, ClProgram program) {
   return wrong;
 }
 
-/* ---- the program -------------------------------------------------------------------------------- */
+/* ---- the program --------------------------------------------------------------------------------
+ */
 
 /* Ways to build it, fastest first. A driver's word that it has an extension is not enough: some
  * reject the built-in under another language version, some compute another product. */
@@ -402,12 +405,12 @@ static int build(Cl *cl, int *way) {
     if (cl->program) cl->api.ReleaseProgram(cl->program);
     cl->program = NULL;
   }
-  if (wrong)
-    return bc_cl_fault(cl, "%s %s: update the GPU's driver", cl->name, blame(wrong));
+  if (wrong) return bc_cl_fault(cl, "%s %s: update the GPU's driver", cl->name, blame(wrong));
   return bc_cl_fault(cl, "%s cannot build the kernels: %s", cl->name, log[0] ? log : "no log");
 }
 
-/* ---- its cache ----------------------------------------------------------------------------------- */
+/* ---- its cache
+ * ----------------------------------------------------------------------------------- */
 
 static uint64_t hash(uint64_t h, const void *data, size_t bytes) { /* FNV-1a */
   const unsigned char *p = data;
@@ -435,8 +438,8 @@ static uint64_t cache_key(const Cl *cl) {
 static int cache_folder(int i, char *out) {
   static const struct {
     const char *variable, *below;
-  } places[] = {{"BITCOMPILE_CACHE", ""}, {"XDG_CACHE_HOME", "/bitcompile"},
-                {"HOME", "/.cache/bitcompile"}};
+  } places[] = {
+      {"BITCOMPILE_CACHE", ""}, {"XDG_CACHE_HOME", "/bitcompile"}, {"HOME", "/.cache/bitcompile"}};
   Dl_info self;
   out[0] = 0;
   if (i < 3) {
@@ -485,8 +488,8 @@ static int load_cached(Cl *cl, int *way) {
     if (!read_whole(path, cache_key(cl), &header, &binary)) continue;
     size_t bytes = header.bytes;
     *way = header.way;
-    cl->program = cl->api.CreateProgramWithBinary(
-        cl->context, 1, &cl->device, &bytes, (const unsigned char **)&binary, &status, &code);
+    cl->program = cl->api.CreateProgramWithBinary(cl->context, 1, &cl->device, &bytes,
+                                                  (const unsigned char **)&binary, &status, &code);
     if (cl->program && !status && !code &&
         !cl->api.BuildProgram(cl->program, 1, &cl->device, ways[*way].options, NULL, NULL) &&
         !run_probe(cl, cl->program)) {
@@ -520,8 +523,8 @@ static void store(Cl *cl, int way) {
       !bytes)
     return;
   unsigned char *binary = calloc(1, bytes);
-  if (binary && !cl->api.GetProgramInfo(cl->program, (uint32_t)CL_BINARIES, sizeof binary, &binary,
-                                        NULL)) {
+  if (binary &&
+      !cl->api.GetProgramInfo(cl->program, (uint32_t)CL_BINARIES, sizeof binary, &binary, NULL)) {
     Header header = {.key = cache_key(cl), .bytes = bytes, .sum = hash(0, binary, bytes)};
     header.way = way;
     memcpy(header.magic, MAGIC, sizeof MAGIC);
@@ -552,13 +555,15 @@ static int make_kernels(Cl *cl) {
     cl->api.GetKernelWorkGroupInfo(cl->kernel[i], cl->device, (uint32_t)CL_KERNEL_GROUP,
                                    sizeof items, &items, NULL);
     if (items < (size_t)(k->items[0] * k->items[1]))
-      return bc_cl_fault(cl, "%s runs %s in work-groups of %zu items, not %d: build for another target",
+      return bc_cl_fault(cl,
+                         "%s runs %s in work-groups of %zu items, not %d: build for another target",
                          cl->name, k->name, items, (int)(k->items[0] * k->items[1]));
   }
   return 0;
 }
 
-/* ---- zero copy ----------------------------------------------------------------------------------- */
+/* ---- zero copy
+ * ----------------------------------------------------------------------------------- */
 
 /* Whether kernels read host memory in place: one copies a word out of it, before and after the host
  * changed that word without telling the driver. A driver with a copy of its own shows the old one.

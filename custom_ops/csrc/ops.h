@@ -104,7 +104,9 @@ typedef struct Node {
 } Node;
 BcStatus *bc_open_node(const Kernel *k, BcContext *context, Node *out);
 /* Index of a linear operator's weight: NormBitLinear has gamma before it. */
-static inline size_t bc_weight_index(const Kernel *k) { return k->op == BC_NORM_BIT_LINEAR ? 2 : 1; }
+static inline size_t bc_weight_index(const Kernel *k) {
+  return k->op == BC_NORM_BIT_LINEAR ? 2 : 1;
+}
 /* x [..., K]: checks its last dimension, allocates y [..., N], counts rows. */
 BcStatus *bc_open_rows(const Kernel *k, BcContext *context, const Tensor *x, int64_t K, int64_t N,
                        Tensor *y, int64_t *M);

@@ -41,10 +41,13 @@ def zig(arguments: Sequence[str]) -> None:
 
 
 def link(triple: str, objects: Sequence[Path], sources: Sequence[Path], out: Path) -> None:
-    """A shared library for Linux."""
+    """A shared library for Linux.
+
+    It stays loaded (``nodelete``): a driver that it opened has threads that outlive a session.
+    """
     zig(
         ["cc", "-target", triple, *GLUE_FLAGS, "-shared", "-s"]
-        + [f"-Wl,--version-script={CSRC / 'plugin.map'}", "-Wl,-z,now"]
+        + [f"-Wl,--version-script={CSRC / 'plugin.map'}", "-Wl,-z,now", "-Wl,-z,nodelete"]
         + [f"-Wl,-soname,{out.name}"]
         + [str(path) for path in (*sources, *objects)]
         + ["-Wl,--as-needed", "-ldl", "-lpthread", "-o", str(out)]
@@ -82,7 +85,8 @@ def _link_android(triple: str, objects: Sequence[Path], sources: Sequence[Path],
     libc = [_stand_in(triple, folder, name) for name in BIONIC]
     zig(
         ["ld.lld", "-shared", "-soname", out.name, "-o", str(out), "-s", "--no-undefined"]
-        + ["-z", "now", "-z", "relro", "-z", "text", "-z", f"max-page-size={PAGE}"]
+        + ["-z", "now", "-z", "nodelete", "-z", "relro", "-z", "text"]
+        + ["-z", f"max-page-size={PAGE}"]
         + ["--hash-style=both", "--build-id=sha1", f"--version-script={CSRC / 'plugin.map'}"]
         + [str(path) for path in (*glue, *objects, "--as-needed", *libc)]
     )

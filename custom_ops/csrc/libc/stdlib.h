@@ -1,5 +1,5 @@
-/* What the plugin uses of the C library of Android and iOS: declarations of our own, so that neither
- * NDK nor Xcode is needed. */
+/* What the plugin uses of the C library of Android and iOS: declarations of our own, so that
+ * neither NDK nor Xcode is needed. */
 #ifndef BITCOMPILE_LIBC_STDLIB_H
 #define BITCOMPILE_LIBC_STDLIB_H
 #include <stddef.h>
