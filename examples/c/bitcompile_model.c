@@ -15,7 +15,7 @@
 #endif
 
 #ifdef BITCOMPILE_STATIC
-#include "bitcompile_ops.h"
+#include "bitcompile.h"
 #endif
 
 enum { MINIMUM = 23, NAME = 64 };

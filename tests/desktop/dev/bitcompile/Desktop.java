@@ -94,8 +94,7 @@ public final class Desktop {
             return new FileInputStream(new File(from, name));
           }
         },
-        to,
-        "libbitcompile_ops.so");
+        to);
   }
 
   private static PrintStream utf8() {

@@ -36,10 +36,11 @@ public final class ArtifactFiles {
   /**
    * Makes {@code folder} hold the artifact of {@code source}, unless it does.
    *
-   * @param leftOut files not to copy, such as the plugin, which Android installs itself
+   * <p>The plugin (Android installs it itself) and the files to link against are left out.
+   *
    * @throws IOException if a file cannot be read or written, or is damaged
    */
-  public static void install(Source source, File folder, String... leftOut) throws IOException {
+  public static void install(Source source, File folder) throws IOException {
     String manifest;
     try (InputStream in = source.open(MANIFEST)) {
       manifest = Text.read(in);
@@ -53,7 +54,7 @@ public final class ArtifactFiles {
     }
     try {
       JSONObject files = new JSONObject(manifest).getJSONObject("files");
-      for (String name : names(files, leftOut)) {
+      for (String name : names(files)) {
         copy(source, name, folder, files.getJSONObject(name).getString("sha256"));
       }
     } catch (JSONException error) {
@@ -68,14 +69,14 @@ public final class ArtifactFiles {
     }
   }
 
-  private static List<String> names(JSONObject files, String[] leftOut) throws IOException {
+  private static List<String> names(JSONObject files) throws IOException {
     List<String> names = new ArrayList<>();
     for (Iterator<?> keys = files.keys(); keys.hasNext(); ) {
       String name = (String) keys.next();
       if (name.startsWith("/") || Arrays.asList(name.split("/")).contains("..")) {
         throw new IOException(MANIFEST + " names a file outside the artifact: " + name);
       }
-      if (!Arrays.asList(leftOut).contains(name)) {
+      if (!name.endsWith(".so") && !name.endsWith(".a") && !name.endsWith(".h")) {
         names.add(name);
       }
     }

@@ -115,7 +115,7 @@ public final class MainActivity extends Activity {
             return context.getAssets().open("bitcompile/" + name);
           }
         };
-    ArtifactFiles.install(assets, folder, PLUGIN);
+    ArtifactFiles.install(assets, folder);
     tokenizer = new ByteLevelTokenizer(new File(folder, "tokenizer.json"));
     File plugin = new File(getApplicationInfo().nativeLibraryDir, PLUGIN);
     model = new BitcompileModel(folder, plugin, CAPACITY, BigCores.count());
