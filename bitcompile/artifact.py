@@ -378,7 +378,10 @@ def write(
     progress("writing weights")
     _save_model(folder, lowered)
     library = lowered.target.library
-    shutil.copyfile(lowered.library, folder / library)
+    files = {library: lowered.library, **lowered.target.embeds(lowered.library)}
+    for name, source in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, folder / name)
     if imported.language is not None:
         _write_language_files(folder, imported.language, library)
     readme = companions.readme(imported, lowered)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,10 @@ class Kernel:
     isa: str
     symbol: str
     """C symbol of the compiled function."""
+
+
+def _nothing(library: Path) -> Mapping[str, Path]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -44,3 +48,7 @@ class Target:
     """None if this machine can run it, else what is missing."""
     can_build_here: Callable[[], str | None]
     """None if this machine can build it, else what is missing and how to get it."""
+    embeds: Callable[[Path], Mapping[str, Path]] = _nothing
+    """Further files of an artifact, by their names there, given the compiled plugin."""
+    guide: tuple[str, ...] = ("python", "genai", "c")
+    """Sections of an artifact's README, by their names in ``companions.SECTIONS``."""

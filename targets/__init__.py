@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from bitcompile.errors import ToolchainError, UsageError
 from bitcompile.target import Target
+from bitcompile.targets.android import ANDROID
+from bitcompile.targets.arm import ARM
+from bitcompile.targets.ios import IOS
+from bitcompile.targets.macos import MACOS
 from bitcompile.targets.x86 import X86
 
-TARGETS: dict[str, Target] = {target.name: target for target in (X86,)}
+TARGETS: dict[str, Target] = {
+    target.name: target for target in (X86, ARM, ANDROID, MACOS, IOS)
+}
 
 NATIVE = "native"
 

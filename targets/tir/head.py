@@ -27,6 +27,14 @@ SPLIT = 128
 """Activations are ``128 * hi + lo``, both int8."""
 
 
+def _zero(isa: Isa, bits: int) -> int:
+    """What a code still exceeds its value by when it is multiplied.
+
+    Where products are signed, 8-bit codes lose their zero point before.
+    """
+    return 0 if isa.signed and bits == 8 else 1 << (bits - 1)
+
+
 def _parts(bits: int) -> int:
     """Activations that meet one table byte: the nibbles of 4-bit codes lie side by side."""
     return 8 // bits
@@ -41,7 +49,7 @@ def head_quantize(isa: Isa, name: str, bits: int) -> Any:
     each lane. ``s``: float32 ``[M]``.
     """
     parts = _parts(bits)
-    zero = 1 << (bits - 1)
+    zero = _zero(isa, bits)
     lanes = numerics.HEAD_LANES
 
     def body(x: Buffer, hi: Buffer, lo: Buffer, offset: Buffer, s: Buffer, M: Expr, K: Expr,
@@ -88,7 +96,8 @@ def head(isa: Isa, name: str, bits: int) -> Any:
 
     def code(v: Expr, part: int) -> Expr:
         if bits == 8:
-            return v
+            sign = const(128, "uint8", isa.bytes)
+            return T.bitwise_xor(v, sign) if isa.signed else v
         moved = shifted_bytes(v, 4, isa.bytes) if part else v
         return T.bitwise_and(moved, const(15, "uint8", isa.bytes))
 

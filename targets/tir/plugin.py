@@ -9,22 +9,20 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import bitcompile.custom_ops.csrc
+import bitcompile.errors
 from bitcompile.errors import ToolchainError
 from bitcompile.target import Kernel
+from bitcompile.targets.tir.linking import CSRC, LINUX, System
 
 if TYPE_CHECKING:
     from bitcompile.targets.tir.isa import Isa
 
-CSRC = Path(bitcompile.custom_ops.csrc.__path__[0])
 TIR = Path(__file__).parent
 GLUE = ("plugin.c", "checks.c", "cpu.c")
 """The C sources of every CPU plugin."""
@@ -82,7 +80,7 @@ def _table_source(isas: Sequence[Isa], layout: str) -> str:
     from bitcompile.packing import GROUP_SIZES
     from bitcompile.targets.tir.gemm import panel_bytes, partial_values
     from bitcompile.targets.tir.isa import TILE_ROWS
-    from bitcompile.targets.tir.roof import DOT_CHAINS
+    from bitcompile.targets.tir.roof import peak_macs
 
     lines = ['#include "kernels.h"', ""]
     for isa in isas:
@@ -97,7 +95,7 @@ def _table_source(isas: Sequence[Isa], layout: str) -> str:
             "features": f'"{",".join(isa.features)}"',
             "gemm_rows": isa.gemm.rows,
             "gemm_tiles": isa.gemm.tiles,
-            "dot_roof_macs": DOT_CHAINS * isa.bytes,
+            "dot_roof_macs": peak_macs(isa),
             **{field: symbol(field, isa.name) for field in GENERATORS},
         }
         lines.append("  {" + ", ".join(f".{name} = {value}" for name, value in values.items()))
@@ -126,7 +124,7 @@ def cache_dir() -> Path:
 def _fingerprint(*parts: str) -> str:
     """Hash of the generators, the C sources and the compilers' versions."""
     spine = Path(bitcompile.errors.__file__).parent
-    sources = [*sorted(TIR.glob("*.py")), *sorted(CSRC.iterdir()), spine / "numerics.py"]
+    sources = [*sorted(TIR.glob("*.py")), *sorted(CSRC.rglob("*.*")), spine / "numerics.py"]
     digest = hashlib.sha256()
     for path in sources:
         if path.is_file():
@@ -136,34 +134,19 @@ def _fingerprint(*parts: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def zig(arguments: Sequence[str]) -> None:
-    """Run ``zig``; raises ToolchainError with its first complaint."""
-    command = [sys.executable, "-m", "ziglang", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        complaint = next((x for x in done.stderr.splitlines() if "error" in x), "no message")
-        raise ToolchainError(f"zig could not compile the plugin: {complaint.strip()}")
-
-
-def link(triple: str, objects: Sequence[Path], sources: Sequence[Path], out: Path) -> None:
-    """Compile the C glue and link everything into a shared library for ``triple``."""
-    zig(
-        ["cc", "-target", triple, "-std=c11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
-        + ["-Wall", "-Wextra", "-Werror", "-fno-sanitize=all", "-s", f"-I{CSRC}"]
-        + [f"-Wl,--version-script={CSRC / 'plugin.map'}", "-Wl,-z,now"]
-        + [f"-Wl,-soname,{out.name}"]
-        + [str(path) for path in (*sources, *objects)]
-        + ["-o", str(out)]
-    )
-
-
 def build_plugin(
-    isas: Callable[[], Sequence[Isa]], triple: str, layout: str, library: str, cpu: str
+    isas: Callable[[], Sequence[Isa]],
+    triple: str,
+    layout: str,
+    library: str,
+    cpu: str,
+    system: System = LINUX,
 ) -> Path:
-    """The plugin, from the cache or freshly compiled.
+    """The plugin, from the cache or freshly compiled; beside it a static library if there is one.
 
     ``isas``: called only when it must be compiled (it imports TVM); ``cpu``: the C file that knows
-    the CPU's features. Raises ToolchainError if a compiler is missing or fails.
+    the CPU's features; ``system``: whose triple it is. Raises ToolchainError if a compiler is
+    missing or fails.
     """
     try:
         folder = cache_dir() / _fingerprint(triple, layout, library, cpu)
@@ -175,7 +158,7 @@ def build_plugin(
     try:
         if not _intact(path):
             _require_space(folder.parent)
-            _compile(isas(), triple, layout, CSRC / cpu, path)
+            _compile(isas(), triple, layout, CSRC / cpu, path, system)
     except OSError as error:
         raise ToolchainError(
             f"cannot use the cache {folder.parent} ({error.strerror}): set BITCOMPILE_CACHE to a "
@@ -192,7 +175,14 @@ def _intact(path: Path) -> bool:
     """Whether a cached library is there and whole: a crash may have left a part of it."""
     if not path.exists() or not _hash_file(path).exists():
         return False
-    return hashlib.sha256(path.read_bytes()).hexdigest() == _hash_file(path).read_text("ascii")
+    return _digest(path) == _hash_file(path).read_text("ascii")
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a library and the static one beside it."""
+    archive = static_library(path)
+    beside = archive.read_bytes() if archive != path and archive.exists() else b""
+    return hashlib.sha256(path.read_bytes() + beside).hexdigest()
 
 
 def _require_space(folder: Path) -> None:
@@ -205,8 +195,10 @@ def _require_space(folder: Path) -> None:
         raise ToolchainError(f"no space left in {folder}: free some, or set BITCOMPILE_CACHE")
 
 
-def _compile(isas: Sequence[Isa], triple: str, layout: str, cpu: Path, path: Path) -> None:
-    """Compile and link into a temporary folder, then move the result to ``path``."""
+def _compile(
+    isas: Sequence[Isa], triple: str, layout: str, cpu: Path, path: Path, system: System
+) -> None:
+    """Compile and link into a temporary folder, then move the results to ``path``'s."""
     from bitcompile.targets.tir.objects import compile_object
 
     path.parent.mkdir(exist_ok=True)
@@ -216,13 +208,24 @@ def _compile(isas: Sequence[Isa], triple: str, layout: str, cpu: Path, path: Pat
         for isa in isas:
             functions = {symbol(field, isa.name): _generate(field, isa) for field in GENERATORS}
             objects.append(work / f"{isa.name}.o")
-            compile_object(functions, isa.target, objects[-1])
+            target = {**isa.target, "mtriple": system.llvm_triple(triple)}
+            compile_object(functions, target, objects[-1])
         table = work / "kernels.c"
         table.write_text(_table_source(isas, layout))
+        sources = [table, *(CSRC / name for name in GLUE), cpu]
         made = work / path.name
-        link(triple, objects, [table, *(CSRC / name for name in GLUE), cpu], made)
+        system.link(triple, objects, sources, made)
+        if system.archive is not None:
+            system.archive(triple, objects, sources, static_library(made))
         digest = work / "sha256"
-        digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest(), "ascii")
+        digest.write_text(_digest(made), "ascii")
         # Two builds may meet here: each leaves a whole library, and both are the same program.
+        if system.archive is not None:
+            os.replace(static_library(made), static_library(path))
         os.replace(digest, _hash_file(path))
         os.replace(made, path)
+
+
+def static_library(library: Path) -> Path:
+    """Where the static library of a plugin lies."""
+    return library.with_suffix(".a")
