@@ -52,7 +52,7 @@ def link(triple: str, objects: Sequence[Path], sources: Sequence[Path], out: Pat
 
 
 def _compiled(triple: str, sources: Sequence[Path], folder: Path, *flags: str) -> list[Path]:
-    """Objects of C sources, in a new folder."""
+    """Objects of C sources, in a new folder; one call each, for zig drops all but the first."""
     folder.mkdir()
     made = [folder / f"{source.stem}.o" for source in sources]
     for source, out in zip(sources, made, strict=True):
@@ -121,7 +121,7 @@ def _link_ios(triple: str, objects: Sequence[Path], sources: Sequence[Path], out
 
 
 MACHO_64, LC_SYMTAB = 0xFEEDFACF, 2
-N_EXT, N_TYPE, N_SECT, N_PEXT, N_WEAK_DEF = 0x01, 0x0E, 0x0E, 0x10, 0x80
+N_EXT, N_TYPE, N_SECT, N_PEXT = 0x01, 0x0E, 0x0E, 0x10
 
 
 def hide_symbols(path: Path) -> None:
@@ -140,8 +140,7 @@ def hide_symbols(path: Path) -> None:
         if kind == LC_SYMTAB:
             table, count = struct.unpack_from("<2I", data, at + 8)
             for entry in range(table + 4, table + 16 * count, 16):  # n_type of each nlist_64
-                weak = data[entry + 2] & N_WEAK_DEF
-                if data[entry] & N_EXT and data[entry] & N_TYPE == N_SECT and not weak:
+                if data[entry] & N_EXT and data[entry] & N_TYPE == N_SECT:
                     data[entry] |= N_PEXT
         at += size
     path.write_bytes(data)
@@ -157,7 +156,7 @@ def _apple_triple(system: str) -> Callable[[str], str]:
     return lambda triple: f"arm64-apple-{system}{triple.partition('.')[2]}"
 
 
-LINUX = System(_gnu_triple, link)
+LINUX = System(_gnu_triple, link, _archive())
 ANDROID = System(_gnu_triple, _link_android, _archive(*BARE))
 MACOS = System(_apple_triple("macosx"), _link_macos, _archive())
 IOS = System(_apple_triple("ios"), _link_ios)
