@@ -223,6 +223,9 @@ const char *bcm_feed(bcm_model *m, const int64_t *tokens, size_t count, const fl
   if (!count) return fail("no tokens: feed at least one");
   if (count > m->capacity - m->length)
     return fail("the KV cache is full: open the model with a larger capacity, or rewind it");
+  for (size_t i = 0; i < count; i++) /* onnxruntime does not check them */
+    if (tokens[i] < 0 || (size_t)tokens[i] >= m->vocabulary)
+      return fail("a token is not in the vocabulary: is the tokenizer this model's?");
   TRY(int64_row(m, tokens, count, &m->feeds[TOKENS]));
   TRY(int64_row(m, m->ones, m->length + count, &m->feeds[MASK]));
   drop(m, &m->fetches[0]); /* onnxruntime allocates the logits */

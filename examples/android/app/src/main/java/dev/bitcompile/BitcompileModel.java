@@ -43,6 +43,7 @@ public final class BitcompileModel implements AutoCloseable {
   private final OrtEnvironment environment;
   private final OrtSession session;
   private final int capacity;
+  private final int vocabulary;
   private final Set<Long> ends;
   private final Map<String, OnnxTensor> inputs = new HashMap<>();
   private final Map<String, OnnxTensor> caches = new HashMap<>();
@@ -72,6 +73,7 @@ public final class BitcompileModel implements AutoCloseable {
     require(new File(folder, "model.onnx.data"));
     require(plugin);
     this.capacity = capacity;
+    this.vocabulary = model.optInt("vocab_size");
     this.ends = ends(model);
     this.ones = longs(capacity);
     for (int i = 0; i < capacity; i++) {
@@ -157,6 +159,12 @@ public final class BitcompileModel implements AutoCloseable {
     if (total > capacity) {
       throw new IllegalStateException(
           total + " tokens do not fit the cache of " + capacity + ": rewind it, or open a larger");
+    }
+    for (long token : tokens) { // ONNX Runtime does not check them
+      if (token < 0 || token >= vocabulary) {
+        throw new IllegalArgumentException(
+            token + " is not in the vocabulary: is the tokenizer this model's?");
+      }
     }
     LongBuffer ids = longs(tokens.length);
     ids.put(tokens).rewind();
