@@ -2,7 +2,7 @@ import SwiftUI
 
 /// One screen: token ids in, token ids out as they come. Put a tokenizer between, see README.md.
 struct ContentView: View {
-    @State private var prompt = "0 496 1257"
+    @State private var prompt = "0 529 1081 735 3806 263 788"
     @State private var answer = ""
     @State private var task: Task<Void, Never>?
     @State private var model: BitcompileModel?
