@@ -57,7 +57,10 @@ def _triple(target: Target, host: str | None) -> str:
         rest = triple[len(host or triple) :]
         if host is None or (triple.startswith(host) and (not rest or rest[0] in "-.")):
             return triple
-    raise UsageError(f"target {target.name} builds for host {' or '.join(triples)}, not {host}")
+    raise UsageError(
+        f"target {target.name} builds for host {' or '.join(triples)}, not {host}: "
+        "`bitcompile targets` lists the target of every host"
+    )
 
 
 def _no_choice(target: Target, option: str, value: str) -> str:
