@@ -12,6 +12,7 @@ from bitcompile import artifact as artifacts
 from bitcompile import inspection, passing, verification
 from bitcompile.artifact import Artifact, Progress, silent
 from bitcompile.errors import ToolchainError, UsageError, writing
+from bitcompile.frontends.gguf_ternary import I2S_ORDERS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -55,6 +56,13 @@ class BuildOptions:
         default=None,
         metadata={"help": "Tokens of the KV cache [default: 4096 or the model's limit]."},
     )
+    i2s_order: str | None = field(
+        default=None,
+        metadata={
+            "choices": tuple(I2S_ORDERS),
+            "help": "Order of I2_S codes, where a .gguf file cannot tell it.",
+        },
+    )
     verify: bool = field(
         default=True, metadata={"help": "Verify the artifact if this machine can run it."}
     )
@@ -94,6 +102,7 @@ def build(
     logits: str | None = None,
     layout: str = "auto",
     context: int | None = None,
+    i2s_order: str | None = None,
     verify: bool = True,
     dump: str | Path | None = None,
     force: bool = False,
@@ -110,7 +119,9 @@ def build(
     :mod:`bitcompile.errors`).
     """
     folder = None if dump is None else Path(dump)
-    options = BuildOptions(target, host, head, logits, layout, context, verify, folder, force)
+    options = BuildOptions(
+        target, host, head, logits, layout, context, i2s_order, verify, folder, force
+    )
     return run(model, Path(out), options, progress, example_inputs, dynamic_shapes)
 
 
@@ -140,6 +151,7 @@ def run(
         progress,
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,
+        i2s_order=options.i2s_order,
     )
     options = options.resolved(frontends.is_checkpoint(model))
     graph = imported.graph
@@ -171,6 +183,7 @@ def export(
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     context: int | None = None,
+    i2s_order: str | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Path:
@@ -190,7 +203,12 @@ def export(
     from bitcompile.passes import finishing
 
     imported = frontends.load(
-        model, context, progress, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes
+        model,
+        context,
+        progress,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        i2s_order=i2s_order,
     )
     passing.run(imported.graph, finishing())
     progress("writing the model")

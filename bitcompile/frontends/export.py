@@ -58,7 +58,7 @@ class TernaryLinear(nn.Module):  # type: ignore[misc]  # torch is untyped here
     ) -> None:
         super().__init__()
         self.N, self.K = weight.shape
-        self.layout = weight.layout.id
+        self.attributes = {"layout": weight.layout.id, "group_size": weight.group_size}
         self.weight = nn.Buffer(torch.from_numpy(weight.data))
         self.weight_scale = nn.Buffer(torch.from_numpy(weight.scale))
         self.bias = absent if bias is None else nn.Buffer(bias)
@@ -70,7 +70,7 @@ class TernaryLinear(nn.Module):  # type: ignore[misc]  # torch is untyped here
         if self.rms_norm is not None:
             x = self.rms_norm(x)
         inputs = (x, self.weight, self.weight_scale, self.bias, self.absent)
-        return BIT_LINEAR.symbolic(*inputs, K=self.K, N=self.N, layout=self.layout)
+        return BIT_LINEAR.symbolic(*inputs, K=self.K, N=self.N, **self.attributes)
 
 
 class Table(nn.Module):  # type: ignore[misc]  # torch is untyped here
