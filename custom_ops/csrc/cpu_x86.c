@@ -12,9 +12,9 @@ static const struct {
   int subleaf, reg, bit;
   unsigned state; /* XCR0 bits the operating system must save: 6 = xmm+ymm, 0xe6 = zmm too */
 } features[] = {
-    {"avx2", 0, EBX, 5, 0x06},       {"avx512f", 0, EBX, 16, 0xe6},
-    {"avx512dq", 0, EBX, 17, 0xe6},  {"avx512bw", 0, EBX, 30, 0xe6},
-    {"avx512vl", 0, EBX, 31, 0xe6},  {"avx512vbmi", 0, ECX, 1, 0xe6},
+    {"avx2", 0, EBX, 5, 0x06},        {"avx512f", 0, EBX, 16, 0xe6},
+    {"avx512dq", 0, EBX, 17, 0xe6},   {"avx512bw", 0, EBX, 30, 0xe6},
+    {"avx512vl", 0, EBX, 31, 0xe6},   {"avx512vbmi", 0, ECX, 1, 0xe6},
     {"avx512vnni", 0, ECX, 11, 0xe6}, {"avxvnni", 1, 0, 4, 0x06},
 };
 

@@ -5,9 +5,11 @@
 
 #include <stdint.h>
 
+#include "ops.h"
+
 /* int8 quantisation of M rows: q [M, Kp] with zeros from K on, s [M], qsum [M]. */
-typedef void bc_quantize_fn(const float *x, int8_t *q, float *s, int32_t *qsum, int32_t M, int32_t K,
-                            int32_t Kp);
+typedef void bc_quantize_fn(const float *x, int8_t *q, float *s, int32_t *qsum, int32_t M,
+                            int32_t K, int32_t Kp);
 typedef void bc_norm_quantize_fn(const float *x, const float *gamma, int8_t *q, float *s,
                                  int32_t *qsum, int32_t M, int32_t K, int32_t Kp, float eps);
 /* Decode: `tiles` 16-row tiles from w on, any M. rows = weight rows left from here on. */
@@ -40,9 +42,9 @@ typedef void bc_group_sums_fn(const int8_t *q, int32_t *sums, int32_t M, int32_t
 typedef void bc_glu_fn(const float *both, float *hidden, int32_t M, int32_t F);
 typedef void bc_head_quantize_fn(const float *x, int8_t *hi, int8_t *lo, int32_t *offset, float *s,
                                  int32_t M, int32_t K, int32_t B, int32_t per_block);
-typedef void bc_head_fn(const uint8_t *table, const float *scale, const int8_t *hi, const int8_t *lo,
-                        const int32_t *offset, const float *s, float *y, int32_t V, int32_t M,
-                        int32_t B, int32_t per_block, int32_t ldy);
+typedef void bc_head_fn(const uint8_t *table, const float *scale, const int8_t *hi,
+                        const int8_t *lo, const int32_t *offset, const float *s, float *y,
+                        int32_t V, int32_t M, int32_t B, int32_t per_block, int32_t ldy);
 typedef void bc_read_roof_fn(const uint8_t *data, uint8_t *out, int32_t steps);
 typedef void bc_dot_roof_fn(const uint8_t *seed, int32_t *out, int32_t steps);
 
@@ -50,11 +52,9 @@ typedef void bc_dot_roof_fn(const uint8_t *seed, int32_t *out, int32_t steps);
  * takes, and the rows it may read past the last one. kernels.c asserts that every schedule fits. */
 enum { BC_MAX_PANEL = 1 << 15, BC_MAX_PARTIAL = 1 << 14, BC_GEMM_BLOCKS = 32, BC_ROW_PAD = 16 };
 
-enum { BC_RELU2, BC_SILU, BC_GELU_TANH, BC_GELU_ERF, BC_ACTIVATIONS };
-
 typedef struct bc_variant {
   const char *isa;
-  const char *features; /* comma-separated CPU features it needs, as cpu.c names them */
+  const char *features; /* comma-separated CPU features it needs, as bc_cpu_has knows them */
   int32_t gemm_rows, gemm_tiles; /* the register tile */
   bc_quantize_fn *quantize;
   bc_norm_quantize_fn *norm_quantize;

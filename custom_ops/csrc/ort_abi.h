@@ -1,8 +1,8 @@
 /* The part of the ONNX Runtime C ABI that the plugin uses, declared by us.
  *
  * OrtApi is an append-only table of function pointers; a slot index never changes. Requesting API
- * 17 (ONNX Runtime 1.17) therefore works with every newer runtime. abi_check.cc compares every slot,
- * field and constant below with the real headers. */
+ * 17 (ONNX Runtime 1.17) therefore works with every newer runtime. abi_check.cc compares every
+ * slot, field and constant below with the real headers. */
 #ifndef BITCOMPILE_ORT_ABI_H
 #define BITCOMPILE_ORT_ABI_H
 
@@ -53,50 +53,50 @@ typedef struct BcApiBase {
 struct BcOp;
 
 /* X(name, slot, result, parameters) */
-#define BC_API_TABLE(X)                                                                           \
-  X(CreateStatus, 0, BcStatus *, (int, const char *))                                             \
-  X(CreateCustomOpDomain, 26, BcStatus *, (const char *, BcDomain **))                            \
-  X(CustomOpDomain_Add, 27, BcStatus *, (BcDomain *, const struct BcOp *))                        \
-  X(AddCustomOpDomain, 28, BcStatus *, (BcOptions *, BcDomain *))                                 \
-  X(GetTensorMutableData, 51, BcStatus *, (BcValue *, void **))                                   \
-  X(CreateTensorTypeAndShapeInfo, 57, BcStatus *, (BcShape **))                                   \
-  X(SetTensorElementType, 58, BcStatus *, (BcShape *, int))                                       \
-  X(SetDimensions, 59, BcStatus *, (BcShape *, const int64_t *, size_t))                          \
-  X(GetTensorElementType, 60, BcStatus *, (const BcShape *, int *))                               \
-  X(GetDimensionsCount, 61, BcStatus *, (const BcShape *, size_t *))                              \
-  X(GetDimensions, 62, BcStatus *, (const BcShape *, int64_t *, size_t))                          \
-  X(GetSymbolicDimensions, 63, BcStatus *, (const BcShape *, const char **, size_t))              \
-  X(GetTensorTypeAndShape, 65, BcStatus *, (const BcValue *, BcShape **))                         \
-  X(CreateCpuMemoryInfo, 69, BcStatus *, (int, int, BcMemoryInfo **))                             \
-  X(KernelInfoGetAttribute_float, 85, BcStatus *, (const BcInfo *, const char *, float *))        \
-  X(KernelInfoGetAttribute_int64, 86, BcStatus *, (const BcInfo *, const char *, int64_t *))      \
-  X(KernelInfoGetAttribute_string, 87, BcStatus *,                                                \
-    (const BcInfo *, const char *, char *, size_t *))                                             \
-  X(KernelContext_GetInput, 90, BcStatus *, (const BcContext *, size_t, const BcValue **))        \
-  X(KernelContext_GetOutput, 91, BcStatus *,                                                      \
-    (BcContext *, size_t, const int64_t *, size_t, BcValue **))                                   \
-  X(ReleaseStatus, 93, void, (BcStatus *))                                                        \
-  X(ReleaseMemoryInfo, 94, void, (BcMemoryInfo *))                                                \
-  X(ReleaseTensorTypeAndShapeInfo, 99, void, (BcShape *))                                         \
-  X(ReleaseAllocator, 132, void, (BcAllocator *))                                                 \
-  X(KernelInfoGetConstantInput_tensor, 249, BcStatus *,                                           \
-    (const BcInfo *, size_t, int *, const BcValue **))                                            \
-  X(KernelContext_GetAllocator, 253, BcStatus *,                                                  \
-    (const BcContext *, const BcMemoryInfo *, BcAllocator **))                                    \
-  X(ShapeInferContext_GetInputTypeShape, 268, BcStatus *, (const BcInfer *, size_t, BcShape **))  \
-  X(ShapeInferContext_GetAttribute, 269, BcStatus *,                                              \
-    (const BcInfer *, const char *, const BcOpAttr **))                                           \
-  X(ShapeInferContext_SetOutputTypeShape, 270, BcStatus *,                                        \
-    (const BcInfer *, size_t, const BcShape *))                                                   \
-  X(SetSymbolicDimensions, 271, BcStatus *, (BcShape *, const char **, size_t))                   \
-  X(ReadOpAttr, 272, BcStatus *, (const BcOpAttr *, int, void *, size_t, size_t *))               \
-  X(KernelContext_ParallelFor, 274, BcStatus *,                                                   \
+#define BC_API_TABLE(X)                                                                          \
+  X(CreateStatus, 0, BcStatus *, (int, const char *))                                            \
+  X(CreateCustomOpDomain, 26, BcStatus *, (const char *, BcDomain **))                           \
+  X(CustomOpDomain_Add, 27, BcStatus *, (BcDomain *, const struct BcOp *))                       \
+  X(AddCustomOpDomain, 28, BcStatus *, (BcOptions *, BcDomain *))                                \
+  X(GetTensorMutableData, 51, BcStatus *, (BcValue *, void **))                                  \
+  X(CreateTensorTypeAndShapeInfo, 57, BcStatus *, (BcShape **))                                  \
+  X(SetTensorElementType, 58, BcStatus *, (BcShape *, int))                                      \
+  X(SetDimensions, 59, BcStatus *, (BcShape *, const int64_t *, size_t))                         \
+  X(GetTensorElementType, 60, BcStatus *, (const BcShape *, int *))                              \
+  X(GetDimensionsCount, 61, BcStatus *, (const BcShape *, size_t *))                             \
+  X(GetDimensions, 62, BcStatus *, (const BcShape *, int64_t *, size_t))                         \
+  X(GetSymbolicDimensions, 63, BcStatus *, (const BcShape *, const char **, size_t))             \
+  X(GetTensorTypeAndShape, 65, BcStatus *, (const BcValue *, BcShape **))                        \
+  X(CreateCpuMemoryInfo, 69, BcStatus *, (int, int, BcMemoryInfo **))                            \
+  X(KernelInfoGetAttribute_float, 85, BcStatus *, (const BcInfo *, const char *, float *))       \
+  X(KernelInfoGetAttribute_int64, 86, BcStatus *, (const BcInfo *, const char *, int64_t *))     \
+  X(KernelInfoGetAttribute_string, 87, BcStatus *,                                               \
+    (const BcInfo *, const char *, char *, size_t *))                                            \
+  X(KernelContext_GetInput, 90, BcStatus *, (const BcContext *, size_t, const BcValue **))       \
+  X(KernelContext_GetOutput, 91, BcStatus *,                                                     \
+    (BcContext *, size_t, const int64_t *, size_t, BcValue **))                                  \
+  X(ReleaseStatus, 93, void, (BcStatus *))                                                       \
+  X(ReleaseMemoryInfo, 94, void, (BcMemoryInfo *))                                               \
+  X(ReleaseTensorTypeAndShapeInfo, 99, void, (BcShape *))                                        \
+  X(ReleaseAllocator, 132, void, (BcAllocator *))                                                \
+  X(KernelInfoGetConstantInput_tensor, 249, BcStatus *,                                          \
+    (const BcInfo *, size_t, int *, const BcValue **))                                           \
+  X(KernelContext_GetAllocator, 253, BcStatus *,                                                 \
+    (const BcContext *, const BcMemoryInfo *, BcAllocator **))                                   \
+  X(ShapeInferContext_GetInputTypeShape, 268, BcStatus *, (const BcInfer *, size_t, BcShape **)) \
+  X(ShapeInferContext_GetAttribute, 269, BcStatus *,                                             \
+    (const BcInfer *, const char *, const BcOpAttr **))                                          \
+  X(ShapeInferContext_SetOutputTypeShape, 270, BcStatus *,                                       \
+    (const BcInfer *, size_t, const BcShape *))                                                  \
+  X(SetSymbolicDimensions, 271, BcStatus *, (BcShape *, const char **, size_t))                  \
+  X(ReadOpAttr, 272, BcStatus *, (const BcOpAttr *, int, void *, size_t, size_t *))              \
+  X(KernelContext_ParallelFor, 274, BcStatus *,                                                  \
     (const BcContext *, void (*)(void *, size_t), size_t, size_t, void *))
 
-#define BC_DEFINE(name, index, result, parameters)                    \
-  typedef result(BC_CALL *bc_fn_##name) parameters;                   \
-  static inline bc_fn_##name ort_##name(const BcApi *api) {           \
-    return (bc_fn_##name)(api->slot[index]);                          \
+#define BC_DEFINE(name, index, result, parameters)          \
+  typedef result(BC_CALL *bc_fn_##name) parameters;         \
+  static inline bc_fn_##name ort_##name(const BcApi *api) { \
+    return (bc_fn_##name)(api->slot[index]);                \
   }
 BC_API_TABLE(BC_DEFINE)
 

@@ -107,7 +107,7 @@ class Isa:
     flush_blocks: int | None
     """16-column blocks after which gemv accumulators must be widened; None for never."""
     features: tuple[str, ...] = ()
-    """CPU features it needs, as named in ``custom_ops/csrc/cpu.c``."""
+    """CPU features it needs, as named in ``custom_ops/csrc/cpu_x86.c``."""
     gemv: Gemv = field(default_factory=Gemv)
     gemm: Gemm = field(default_factory=lambda: Gemm(rows=4, tiles=1, k_blocks=16))
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 CSRC = Path(bitcompile.custom_ops.csrc.__path__[0])
 TIR = Path(__file__).parent
+GLUE = ("plugin.c", "checks.c", "cpu.c")
+"""The C sources of every CPU plugin."""
 NEEDED_BYTES = 32 << 20
 """Free space a compilation may take."""
 
@@ -218,7 +220,7 @@ def _compile(isas: Sequence[Isa], triple: str, layout: str, cpu: Path, path: Pat
         table = work / "kernels.c"
         table.write_text(_table_source(isas, layout))
         made = work / path.name
-        link(triple, objects, [table, CSRC / "plugin.c", cpu], made)
+        link(triple, objects, [table, *(CSRC / name for name in GLUE), cpu], made)
         digest = work / "sha256"
         digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest(), "ascii")
         # Two builds may meet here: each leaves a whole library, and both are the same program.
