@@ -1,0 +1,122 @@
+"""Running cases: what counts as a finding, and how a search is split over processes.
+
+A finding is anything but success or one line of a typed error with an exit code of its own: a
+traceback, a crash, a hang, output of native code, a file left behind.
+"""
+
+from __future__ import annotations
+
+import collections
+import faulthandler
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from bitcompile.errors import BitcompileError
+
+HANG_S = 60
+"""Seconds after which a case is a hang."""
+CHUNK = 25_000
+"""Cases of a process: what native code leaks or corrupts ends with it."""
+LAST = "last-case"
+CRASHED = 70
+CORPUS = Path(__file__).parent / "corpus"
+
+
+class Stopped(BitcompileError):  # noqa: N818 nothing went wrong
+    """Raised by a target where everything that reads input is done."""
+
+
+class Finding(Exception):  # noqa: N818 it is the result, not an error of ours
+    """What must not happen."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A target with its valid inputs made."""
+
+    draw: Callable[[Random], bytes]
+    """Draw a case."""
+    check: Callable[[bytes], None]
+    """Feed one case; raises BitcompileError if it is refused."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of input. ``prepare`` gets a folder to keep valid inputs in."""
+
+    name: str
+    prepare: Callable[[Path], Prepared]
+
+
+def outcome(prepared: Prepared, case: bytes, work: Path) -> str:
+    """``accepted``, or the first words of a refusal; raises Finding."""
+    temporary = work / "tmp"
+    temporary.mkdir(exist_ok=True)
+    tempfile.tempdir = str(temporary)
+    faulthandler.dump_traceback_later(HANG_S, exit=True)
+    try:
+        result = _fed(prepared, case)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        tempfile.tempdir = None
+    left = sorted(path.name for path in temporary.iterdir())
+    if left:
+        shutil.rmtree(temporary)
+        raise Finding(f"files left behind: {left}")
+    return result
+
+
+def _fed(prepared: Prepared, case: bytes) -> str:
+    try:
+        prepared.check(case)
+    except Stopped:
+        return "accepted"
+    except BitcompileError as error:
+        text = str(error)
+        if error.exit_code == BitcompileError.exit_code or len(text.splitlines()) != 1:
+            raise Finding(
+                f"{type(error).__name__}, not one line of a typed error: {text!r}"
+            ) from error
+        return " ".join(text.split()[-3:])
+    except Exception as error:
+        raise Finding(f"traceback: {type(error).__name__}: {error}") from error
+    return "accepted"
+
+
+def search(target: Target, cases: int, start: int, work: Path) -> collections.Counter[str]:
+    """Outcomes of cases ``start`` to ``start + cases``; raises Finding.
+
+    The case at work is in ``work``'s :data:`LAST`, for when the process dies of it.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    prepared = target.prepare(work)
+    outcomes: collections.Counter[str] = collections.Counter()
+    for number in range(start, start + cases):
+        case = prepared.draw(Random(number))
+        (work / LAST).write_bytes(case)
+        outcomes[outcome(prepared, case, work)] += 1
+    return outcomes
+
+
+def campaign(target: str, cases: int, start: int, work: Path) -> int:
+    """Search in processes of :data:`CHUNK` cases; prints findings; returns their number."""
+    findings = 0
+    for first in range(0, cases, CHUNK):
+        count = min(CHUNK, cases - first)
+        folder = work / f"{target}-{start + first}"
+        command = [sys.executable, "-X", "faulthandler", "-m", "tests.fuzz", "--target", target]
+        command += ["--cases", str(count), "--seed", str(start + first), "--worker", str(folder)]
+        done = subprocess.run(command, check=False)
+        if done.returncode:
+            findings += 1
+            kept = work / f"{target}-{start + first}.case"
+            shutil.copy(folder / LAST, kept)
+            print(f"{target}: finding (exit {done.returncode}), its case is {kept}", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    return findings
