@@ -141,6 +141,21 @@ def run(
     _require_toolchain(target)
 
     # These need the build extra, which the line above has asked for.
+    from bitcompile.frontends.assembly import quiet
+
+    with quiet():
+        return _run(model, out, options, target, progress, example_inputs, dynamic_shapes)
+
+
+def _run(
+    model: str | Path | torch.nn.Module,
+    out: Path,
+    options: BuildOptions,
+    target: Target,
+    progress: Progress,
+    example_inputs: Any,
+    dynamic_shapes: Any,
+) -> Artifact:
     from bitcompile import frontends
     from bitcompile.lower import lower
     from bitcompile.passes import finishing, pipeline
@@ -200,19 +215,21 @@ def export(
     except ImportError:
         raise ToolchainError('exporting needs pip install "bitcompile[build]"') from None
     from bitcompile import frontends
+    from bitcompile.frontends.assembly import quiet
     from bitcompile.passes import finishing
 
-    imported = frontends.load(
-        model,
-        context,
-        progress,
-        example_inputs=example_inputs,
-        dynamic_shapes=dynamic_shapes,
-        i2s_order=i2s_order,
-    )
-    passing.run(imported.graph, finishing())
-    progress("writing the model")
-    _save(imported.graph, out)
+    with quiet():
+        imported = frontends.load(
+            model,
+            context,
+            progress,
+            example_inputs=example_inputs,
+            dynamic_shapes=dynamic_shapes,
+            i2s_order=i2s_order,
+        )
+        passing.run(imported.graph, finishing())
+        progress("writing the model")
+        _save(imported.graph, out)
     return out
 
 

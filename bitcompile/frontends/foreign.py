@@ -287,11 +287,13 @@ def _check_own_nodes(model: ir.Model) -> None:
         for weight in op.weights:
             with _refusing(str(node.name), "its sizes"):
                 N, K = weight.shape(attributes)
-                shape = layout(str(attributes["layout"])).shape(N, K)
-            data = inputs[weight.data]
-            tensor = data.const_value if data is not None else None
-            if tensor is not None and tuple(tensor.shape.numpy()) != shape:
-                raise InputError(
-                    f"{node.name}: weight {data.name!r} is {list(tensor.shape.numpy())}; layout "
-                    f"{attributes['layout']} of [{N}, {K}] is {list(shape)}: export it again"
-                )
+                stored, size = layout(str(attributes["layout"])), int(attributes["group_size"])
+                shapes = stored.shape(N, K), stored.scale_shape(N, K, size)
+            for name, shape in zip((weight.data, weight.scale), shapes, strict=True):
+                value = inputs[name]
+                tensor = value.const_value if value is not None else None
+                if tensor is not None and tuple(tensor.shape.numpy()) != shape:
+                    raise InputError(
+                        f"{node.name}: {name} {value.name!r} is {list(tensor.shape.numpy())}; "
+                        f"layout {stored.id} of [{N}, {K}] is {list(shape)}: export it again"
+                    )

@@ -205,20 +205,26 @@ def _require_space(folder: Path) -> None:
         raise ToolchainError(f"no space left in {folder}: free some, or set BITCOMPILE_CACHE")
 
 
-def _compile(isas: Sequence[Isa], triple: str, layout: str, cpu: Path, path: Path) -> None:
-    """Compile and link into a temporary folder, then move the result to ``path``."""
+def compile_kernels(isas: Sequence[Isa], layout: str, folder: Path) -> tuple[list[Path], Path]:
+    """Write the kernels' object files and ``kernels.c``, their table, to ``folder``."""
     from bitcompile.targets.tir.objects import compile_object
 
+    objects = []
+    for isa in isas:
+        functions = {symbol(field, isa.name): _generate(field, isa) for field in GENERATORS}
+        objects.append(folder / f"{isa.name}.o")
+        compile_object(functions, isa.target, objects[-1])
+    table = folder / "kernels.c"
+    table.write_text(_table_source(isas, layout))
+    return objects, table
+
+
+def _compile(isas: Sequence[Isa], triple: str, layout: str, cpu: Path, path: Path) -> None:
+    """Compile and link into a temporary folder, then move the result to ``path``."""
     path.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         work = Path(name)
-        objects = []
-        for isa in isas:
-            functions = {symbol(field, isa.name): _generate(field, isa) for field in GENERATORS}
-            objects.append(work / f"{isa.name}.o")
-            compile_object(functions, isa.target, objects[-1])
-        table = work / "kernels.c"
-        table.write_text(_table_source(isas, layout))
+        objects, table = compile_kernels(isas, layout, work)
         made = work / path.name
         link(triple, objects, [table, *(CSRC / name for name in GLUE), cpu], made)
         digest = work / "sha256"

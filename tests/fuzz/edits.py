@@ -23,7 +23,19 @@ SHALLOW = 4096
 DEEP = "\ue000"
 """Stands for a value nested deeper than a parser can recurse."""
 DEPTH = 20000
-WORDS = ("", "\x00", "..", "/etc/passwd", "../x", "1.2.3", "float32", "\ud800", "a\nb", "x" * 300, DEEP)
+WORDS = (
+    "",
+    "\x00",
+    "..",
+    "/etc/passwd",
+    "../x",
+    "1.2.3",
+    "float32",
+    "\ud800",
+    "a\nb",
+    "x" * 300,
+    DEEP,
+)
 FLOATS = (0.0, -0.0, 0.5, -1.5, 1e-300, 1e300, float("inf"), float("-inf"), float("nan"))
 
 

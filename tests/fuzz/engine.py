@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import faulthandler
+import logging
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,13 @@ class Target:
     prepare: Callable[[Path], Prepared]
 
 
+_said: list[str] = []
+"""What packages logged, which a terminal would show."""
+_listener = logging.Handler(logging.WARNING)
+_listener.emit = lambda record: _said.append(record.getMessage())  # type: ignore[method-assign]
+logging.getLogger().addHandler(_listener)
+
+
 def outcome(prepared: Prepared, case: bytes, work: Path) -> str:
     """``accepted``, or the first words of a refusal; raises Finding."""
     temporary = work / "tmp"
@@ -65,6 +73,9 @@ def outcome(prepared: Prepared, case: bytes, work: Path) -> str:
     finally:
         faulthandler.cancel_dump_traceback_later()
         tempfile.tempdir = None
+    if _said:
+        said, _said[:] = _said[0], []
+        raise Finding(f"a line beside the error: {said}")
     left = sorted(path.name for path in temporary.iterdir())
     if left:
         shutil.rmtree(temporary)

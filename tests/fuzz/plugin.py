@@ -6,6 +6,7 @@ A case is the JSON of a :func:`node`. One that no change spoiled must give its r
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -138,7 +139,7 @@ def prepare(work: Path) -> Prepared:
     from tests.test_plugin import runnable
 
     variants = [name for name in VARIANTS if runnable(name)]
-    single_node.plugin()
+    os.environ["BITCOMPILE_TEST_PLUGIN"] = str(single_node.plugin())  # finding it takes longest
 
     def check(case: bytes) -> None:
         run(json.loads(case), variants)

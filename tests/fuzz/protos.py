@@ -19,7 +19,7 @@ OPS = (
     "BitLinear", "NormBitLinear", "Constant", "Transpose", "", "Identity", "Unknown",
 )  # fmt: skip
 TYPES = (AttributeProto.INT, AttributeProto.FLOATS, AttributeProto.STRING, AttributeProto.TENSOR,
-         AttributeProto.GRAPH, 99)  # fmt: skip
+         AttributeProto.GRAPH)  # fmt: skip
 
 
 def spoil_proto(draw: Random, proto: onnx.ModelProto) -> bytes:

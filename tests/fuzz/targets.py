@@ -15,7 +15,7 @@ from tests.fuzz.edits import spoil, spoil_json
 from tests.fuzz.engine import Prepared, Stopped, Target
 
 DEPTH = 8
-"""One of so many checkpoints is read on after its configuration: making a model costs most."""
+"""One of so many inputs is read on after its description: making a model or session costs most."""
 
 
 def numbered(number: int, data: bytes) -> bytes:
@@ -45,14 +45,24 @@ def texts(
     return draw
 
 
-def until(last: str) -> Callable[[str], None]:
-    """Progress callback that stops a conversion at a phase."""
+def deep(case: bytes, one_of: int = DEPTH) -> bool:
+    """Whether this case is read to its end."""
+    return zlib.crc32(case) % one_of == 0
 
-    def report(phase: str) -> None:
-        if phase in (last, "exporting graph"):  # then nothing more is read from files
+
+def stop_after(phase: str) -> Callable[[str], None]:
+    """Progress callback that ends a conversion: from its export on, no file is read."""
+
+    def report(begun: str) -> None:
+        if begun in (phase, "exporting graph"):
             raise Stopped("read")
 
     return report
+
+
+def stop(case: bytes, one_of: int) -> Callable[[str], None]:
+    """Ends a conversion where weights are read, if this case is not a deep one."""
+    return stop_after("exporting graph" if deep(case, one_of) else "reading weights")
 
 
 # --- artifacts ----------------------------------------------------------------------------------
@@ -73,7 +83,9 @@ def manifest(work: Path) -> Prepared:
         artifact = Artifact.open(made.path)
         artifact.check_hashes()
         inspect(made.path)
-        runtime.load(made.path)
+        runtime.session_options(made.path)
+        if deep(case):
+            runtime.load(made.path)
 
     return Prepared(texts(documents), check)
 
@@ -123,7 +135,7 @@ def safetensors(work: Path) -> Prepared:
 
 
 def _loading(folders: Sequence[Path], name: str, depth: int) -> Callable[[bytes], None]:
-    """Converts the checkpoint whose file ``name`` is the case, one of ``depth`` up to the export."""
+    """Converts the checkpoint whose file ``name`` is the case; one of ``depth`` to the export."""
     from bitcompile.frontends import huggingface
     from bitcompile.inspection import inspect
 
@@ -135,8 +147,7 @@ def _loading(folders: Sequence[Path], name: str, depth: int) -> Callable[[bytes]
         file.write_bytes(case[1:])
         try:
             inspect(folders[number])
-            last = "reading weights" if zlib.crc32(case) % depth else "exporting graph"
-            huggingface.load(str(folders[number]), progress=until(last))
+            huggingface.load(str(folders[number]), progress=stop(case, depth))
         finally:
             file.write_bytes(valid[number])
 
@@ -176,7 +187,7 @@ def gguf(work: Path) -> Prepared:
 
     def check(case: bytes) -> None:
         (work / "case.gguf").write_bytes(case[1:])
-        front_end.load(str(work / "case.gguf"), progress=until("exporting graph"))
+        front_end.load(str(work / "case.gguf"), progress=stop(case, 3))
 
     return Prepared(files(bases), check)
 
@@ -187,6 +198,7 @@ def onnx(work: Path) -> Prepared:
 
     from bitcompile import passing
     from bitcompile.frontends import foreign
+    from bitcompile.frontends.assembly import quiet
     from bitcompile.passes import pipeline
     from tests import graphs
     from tests.fuzz.protos import spoil_proto
@@ -204,8 +216,9 @@ def onnx(work: Path) -> Prepared:
 
     def check(case: bytes) -> None:
         (work / "case.onnx").write_bytes(case[1:])
-        imported = foreign.load(str(work / "case.onnx"))
-        passing.run(imported.graph, pipeline(passing.Options("float", "all")))
+        with quiet():  # as a build does
+            imported = foreign.load(str(work / "case.onnx"))
+            passing.run(imported.graph, pipeline(passing.Options("float", "all")))
 
     return Prepared(draw, check)
 
