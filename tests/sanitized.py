@@ -24,7 +24,7 @@ SANITIZERS = [
     "-fno-sanitize-recover=all",
     "-fno-omit-frame-pointer",
 ]
-CASES = 1500
+CASES = 600
 """Fuzz cases of a run."""
 TESTS = "not exports and not kernel_table"
 """Tests of the plugin that are about more than how it was linked."""
