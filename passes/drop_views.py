@@ -81,7 +81,7 @@ def _follow(node: ir.Node, axes: _Axes) -> _Axes | None:
         return axes
     if node.op_type == "Transpose":
         perm = node.attributes.get_ints("perm", tuple(reversed(range(len(axes)))))
-        return [axes[i] for i in perm]
+        return [axes[i] for i in perm] if sorted(perm) == list(range(len(axes))) else None
     target = edit.dims(node.outputs[0])
     return _regroup([atom for axis in axes for atom in axis], target) if target else None
 

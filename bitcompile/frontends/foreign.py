@@ -28,6 +28,8 @@ OLDEST_OPSET = 17
 """Oldest ONNX opset that is read; the newest is the one we write."""
 SMALL = 1 << 16
 """Bytes of external data that are read at once; larger tensors stay in their file."""
+LONGEST_VECTOR = 1 << 20
+"""Elements of an integer vector: shape inference follows the values of shapes one by one."""
 Progress = Callable[[str], None]
 
 
@@ -250,8 +252,30 @@ def convert(model: ir.Model, name: str) -> None:
             f"{name}: {what} fails ({reason}): export it with opset_version={ONNX_OPSET}"
         )
     model.ir_version = IR_VERSION
+    _check_vectors(model, name)
     with _refusing(name, "shapes"), notes("onnx_ir"):
         common.ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+
+
+def _check_vectors(model: ir.Model, name: str) -> None:
+    """Raise InputError if a graph declares an integer vector that inference would not come through."""
+    for graph in [model.graph, *model.graph.subgraphs()]:
+        for node in graph:
+            for value in node.outputs:
+                dims = (
+                    value.shape.numpy()
+                    if value.shape is not None and value.shape.is_static()
+                    else ()
+                )
+                if len(dims) == 1 and dims[0] > LONGEST_VECTOR and _is_integer(value):
+                    raise InputError(
+                        f"{name}: {value.name!r} is declared an integer vector of {dims[0]} "
+                        "elements: damaged, export it again"
+                    )
+
+
+def _is_integer(value: ir.Value) -> bool:
+    return value.dtype is not None and value.dtype.name in ("INT32", "INT64")
 
 
 @contextlib.contextmanager

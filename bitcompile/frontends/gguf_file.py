@@ -78,7 +78,10 @@ class _Reader(GGUFReader):
         for field in fields:
             _, name, _, dims, kind, offset = field.parts
             begin = int(start_offs) + int(offset[0])
-            self.infos.append((bytes(name).decode(), dims.tolist(), int(kind[0]), begin))
+            text = bytes(name).decode()
+            if not text.isprintable():
+                raise ValueError("a tensor has a name that cannot be printed")
+            self.infos.append((text, dims.tolist(), int(kind[0]), begin))
 
 
 class GgufFile:
