@@ -270,6 +270,11 @@ class WeightForm:
         Raises InputError if it is missing, not in this form, or not ternary.
         """
         weight, scale = f"{module}.weight", f"{module}.weight_scale"
+        if self.exact and not checkpoint.is_float(weight):
+            raise InputError(
+                f"{weight} is packed and {CONFIG} has no quantization_config, which says how its "
+                "scale is meant: complete the configuration"
+            )
         if checkpoint.is_float(weight) == self.packed:
             stored, declared = ("packed", "float") if not self.packed else ("float", "packed")
             raise InputError(

@@ -30,6 +30,8 @@ SMALL = 1 << 16
 """Bytes of external data that are read at once; larger tensors stay in their file."""
 LONGEST_VECTOR = 1 << 20
 """Elements of an integer vector: shape inference follows the values of shapes one by one."""
+VECTORS = {"bias": "N", "gamma": "K", "gamma_in": "K", "gamma_sub": "F"}
+"""Inputs of our operators that are vectors, or rank-0 zeros, to the attribute of their length."""
 Progress = Callable[[str], None]
 
 
@@ -258,7 +260,7 @@ def convert(model: ir.Model, name: str) -> None:
 
 
 def _check_vectors(model: ir.Model, name: str) -> None:
-    """Raise InputError if a graph declares an integer vector that inference would not come through."""
+    """Raise InputError for a declared integer vector that inference would never come through."""
     for graph in [model.graph, *model.graph.subgraphs()]:
         for node in graph:
             for value in node.outputs:
@@ -308,6 +310,14 @@ def _check_own_nodes(model: ir.Model) -> None:
             raise InputError(f"{node.name}: {DOMAIN} has no operator {node.op_type!r}")
         attributes = op.complete({name: a.value for name, a in node.attributes.items()})
         inputs = op.named(node.inputs)
+        for name in VECTORS.keys() & inputs.keys():
+            value, length = inputs[name], attributes[VECTORS[name]]
+            tensor = value.const_value if value is not None else None
+            if tensor is not None and tensor.shape.numpy() not in ((), (length,)):
+                raise InputError(
+                    f"{node.name}: {name} {value.name!r} is {list(tensor.shape.numpy())}, not "
+                    f"[{length}]: export it again"
+                )
         for weight in op.weights:
             with _refusing(str(node.name), "its sizes"):
                 N, K = weight.shape(attributes)

@@ -6,10 +6,9 @@ import argparse
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 
-from tests.fuzz.engine import CRASHED, LAST, campaign, outcome, search
+from tests.fuzz.engine import campaign, outcome, search
 from tests.fuzz.targets import TARGETS
 
 
@@ -41,16 +40,13 @@ def main() -> int:
 
 def worker(name: str, cases: int, seed: int, folder: Path) -> int:
     """One process of a campaign."""
-    try:
-        outcomes = search(TARGETS[name], cases, seed, folder)
-    except Exception:
-        traceback.print_exc(limit=-12)
-        return CRASHED
-    (folder / LAST).unlink(missing_ok=True)
-    total = sum(outcomes.values())
-    common = ", ".join(f"{count} {text!r}" for text, count in outcomes.most_common(4))
-    print(f"{name} seed {seed}: {total} cases, {len(outcomes)} outcomes: {common}", flush=True)
-    return 0
+    result = search(TARGETS[name], cases, seed, folder)
+    total, kinds = sum(result.outcomes.values()), len(result.outcomes)
+    common = ", ".join(f"{count} {text!r}" for text, count in result.outcomes.most_common(4))
+    print(f"{name} seed {seed}: {total} cases, {kinds} outcomes: {common}", flush=True)
+    for finding in result.findings:
+        print(finding, flush=True)
+    return min(len(result.findings), 1)
 
 
 if __name__ == "__main__":

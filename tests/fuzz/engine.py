@@ -13,8 +13,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -25,7 +26,6 @@ HANG_S = 60
 CHUNK = 25_000
 """Cases of a process: what native code leaks or corrupts ends with it."""
 LAST = "last-case"
-CRASHED = 70
 CORPUS = Path(__file__).parent / "corpus"
 
 
@@ -100,34 +100,55 @@ def _fed(prepared: Prepared, case: bytes) -> str:
     return "accepted"
 
 
-def search(target: Target, cases: int, start: int, work: Path) -> collections.Counter[str]:
-    """Outcomes of cases ``start`` to ``start + cases``; raises Finding.
+@dataclass
+class Result:
+    """What a search met."""
 
-    The case at work is in ``work``'s :data:`LAST`, for when the process dies of it.
+    outcomes: collections.Counter[str] = field(default_factory=collections.Counter)
+    findings: list[str] = field(default_factory=list)
+
+
+def search(target: Target, cases: int, start: int, work: Path) -> Result:
+    """Run cases ``start`` to ``start + cases``; those of findings are kept in ``work``.
+
+    The case at work is in :data:`LAST` there, for when the process dies of it.
     """
     work.mkdir(parents=True, exist_ok=True)
     prepared = target.prepare(work)
-    outcomes: collections.Counter[str] = collections.Counter()
+    result = Result()
     for number in range(start, start + cases):
         case = prepared.draw(Random(number))
         (work / LAST).write_bytes(case)
-        outcomes[outcome(prepared, case, work)] += 1
-    return outcomes
+        try:
+            result.outcomes[outcome(prepared, case, work)] += 1
+        except Finding as finding:
+            (work / f"{number}.case").write_bytes(case)
+            result.findings.append(_described(number, finding))
+    (work / LAST).unlink()
+    return result
+
+
+def _described(number: int, finding: Finding) -> str:
+    """The finding and where it comes from."""
+    frames = traceback.extract_tb((finding.__cause__ or finding).__traceback__)[-3:]
+    places = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))
+    return f"case {number}: {finding} ({places})"
 
 
 def campaign(target: str, cases: int, start: int, work: Path) -> int:
-    """Search in processes of :data:`CHUNK` cases; prints findings; returns their number."""
+    """Search in processes of :data:`CHUNK` cases; the number of findings, kept in ``work``."""
     findings = 0
-    for first in range(0, cases, CHUNK):
-        count = min(CHUNK, cases - first)
-        folder = work / f"{target}-{start + first}"
+    for first in range(start, start + cases, CHUNK):
+        count = min(CHUNK, start + cases - first)
+        folder = work / f"{target}-{first}"
         command = [sys.executable, "-X", "faulthandler", "-m", "tests.fuzz", "--target", target]
-        command += ["--cases", str(count), "--seed", str(start + first), "--worker", str(folder)]
+        command += ["--cases", str(count), "--seed", str(first), "--worker", str(folder)]
         done = subprocess.run(command, check=False)
-        if done.returncode:
+        if (folder / LAST).exists():  # it died
+            print(f"{target}: exit {done.returncode}", flush=True)
+            (folder / LAST).rename(folder / "crash.case")
+        for case in sorted(folder.glob("*.case")):
             findings += 1
-            kept = work / f"{target}-{start + first}.case"
-            shutil.copy(folder / LAST, kept)
-            print(f"{target}: finding (exit {done.returncode}), its case is {kept}", flush=True)
+            print(f"{target}: kept {shutil.copy(case, work / f'{target}-{case.name}')}", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
     return findings
