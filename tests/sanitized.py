@@ -17,6 +17,7 @@ from pathlib import Path
 from bitcompile.packing import CPU_TILE
 from bitcompile.targets.tir.plugin import CSRC, GLUE, compile_kernels
 from bitcompile.targets.tir.x86 import ISAS
+from tests.single_node import CHOSEN
 
 CPU = "cpu_x86.c"
 SANITIZERS = [
@@ -54,7 +55,7 @@ def environment(plugin: Path) -> dict[str, str]:
         # Python and ONNX Runtime keep what they allocate; ours is counted by its own test.
         "ASAN_OPTIONS": "detect_leaks=0:handle_segv=1:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "BITCOMPILE_TEST_PLUGIN": str(plugin),
+        CHOSEN: str(plugin),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -11,6 +12,7 @@ import pytest
 from bitcompile.errors import BitcompileError, InputError
 from tests.fuzz.engine import CORPUS, Finding, Prepared, outcome
 from tests.fuzz.targets import TARGETS
+from tests.single_node import CHOSEN, plugin
 
 CASES = 200
 SECONDS = 6.0
@@ -20,9 +22,11 @@ SECONDS = 6.0
 @pytest.fixture(scope="module", params=TARGETS)
 def prepared(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Prepared, Path]:
+) -> Iterator[tuple[str, Prepared, Path]]:
     work = tmp_path_factory.mktemp("fuzz")
-    return request.param, TARGETS[request.param].prepare(work), work
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(CHOSEN, str(plugin()))
+        yield request.param, TARGETS[request.param].prepare(work), work
 
 
 def test_drawn_cases_find_nothing(prepared: tuple[str, Prepared, Path]) -> None:

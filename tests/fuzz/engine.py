@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -55,11 +56,17 @@ class Target:
     prepare: Callable[[Path], Prepared]
 
 
-_said: list[str] = []
-"""What packages logged, which a terminal would show."""
-_listener = logging.Handler(logging.WARNING)
-_listener.emit = lambda record: _said.append(record.getMessage())  # type: ignore[method-assign]
-logging.getLogger().addHandler(_listener)
+@contextmanager
+def listening() -> Iterator[list[str]]:
+    """What packages log in the block: a terminal would show it beside our line."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    try:
+        yield said
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 def outcome(prepared: Prepared, case: bytes, work: Path) -> str:
@@ -69,13 +76,13 @@ def outcome(prepared: Prepared, case: bytes, work: Path) -> str:
     tempfile.tempdir = str(temporary)
     faulthandler.dump_traceback_later(HANG_S, exit=True)
     try:
-        result = _fed(prepared, case)
+        with listening() as said:
+            result = _fed(prepared, case)
     finally:
         faulthandler.cancel_dump_traceback_later()
         tempfile.tempdir = None
-    if _said:
-        said, _said[:] = _said[0], []
-        raise Finding(f"a line beside the error: {said}")
+    if said:
+        raise Finding(f"a line beside the error: {said[0]}")
     left = sorted(path.name for path in temporary.iterdir())
     if left:
         shutil.rmtree(temporary)

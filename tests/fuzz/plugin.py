@@ -139,7 +139,7 @@ def prepare(work: Path) -> Prepared:
     from tests.test_plugin import runnable
 
     variants = [name for name in VARIANTS if runnable(name)]
-    os.environ["BITCOMPILE_TEST_PLUGIN"] = str(single_node.plugin())  # finding it takes longest
+    os.environ.setdefault(single_node.CHOSEN, str(single_node.plugin()))  # finding it takes longest
 
     def check(case: bytes) -> None:
         run(json.loads(case), variants)
