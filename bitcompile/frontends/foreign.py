@@ -28,8 +28,10 @@ OLDEST_OPSET = 17
 """Oldest ONNX opset that is read; the newest is the one we write."""
 SMALL = 1 << 16
 """Bytes of external data that are read at once; larger tensors stay in their file."""
-LONGEST_VECTOR = 1 << 20
-"""Elements of an integer vector: shape inference follows the values of shapes one by one."""
+LARGEST_SIZE = (1 << 31) - 1
+"""Size of a dimension: our kernels count in int32."""
+LARGEST_INTEGER_SIZE = 1 << 20
+"""The same of a value of integers: shape inference follows those of vectors one by one."""
 VECTORS = {"bias": "N", "gamma": "K", "gamma_in": "K", "gamma_sub": "F"}
 """Inputs of our operators that are vectors, or rank-0 zeros, to the attribute of their length."""
 Progress = Callable[[str], None]
@@ -254,30 +256,23 @@ def convert(model: ir.Model, name: str) -> None:
             f"{name}: {what} fails ({reason}): export it with opset_version={ONNX_OPSET}"
         )
     model.ir_version = IR_VERSION
-    _check_vectors(model, name)
+    _check_sizes(model, name)
     with _refusing(name, "shapes"), notes("onnx_ir"):
         common.ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
 
 
-def _check_vectors(model: ir.Model, name: str) -> None:
-    """Raise InputError for a declared integer vector that inference would never come through."""
+def _check_sizes(model: ir.Model, name: str) -> None:
+    """Raise InputError for a declared size that shape inference would never come through."""
     for graph in [model.graph, *model.graph.subgraphs()]:
-        for node in graph:
-            for value in node.outputs:
-                dims = (
-                    value.shape.numpy()
-                    if value.shape is not None and value.shape.is_static()
-                    else ()
+        for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
+            integers = value.dtype is not None and value.dtype.name in ("INT32", "INT64")
+            limit = LARGEST_INTEGER_SIZE if integers else LARGEST_SIZE
+            sizes = [size for size in value.shape or () if isinstance(size, int)]
+            if max(sizes, default=0) > limit:
+                raise InputError(
+                    f"{name}: {value.name!r} is declared of {max(sizes)} elements along one axis: "
+                    "damaged, export it again"
                 )
-                if len(dims) == 1 and dims[0] > LONGEST_VECTOR and _is_integer(value):
-                    raise InputError(
-                        f"{name}: {value.name!r} is declared an integer vector of {dims[0]} "
-                        "elements: damaged, export it again"
-                    )
-
-
-def _is_integer(value: ir.Value) -> bool:
-    return value.dtype is not None and value.dtype.name in ("INT32", "INT64")
 
 
 @contextlib.contextmanager
