@@ -69,11 +69,14 @@ def fail(error: Exception) -> None:
 
 FINDINGS = {
     "traceback": lambda _: fail(KeyError("x")),
-    "two lines": lambda _: fail(InputError("one\ntwo")),
     "untyped": lambda _: fail(BitcompileError("internal")),
     "file": leave_a_file,
     "noise": log,
 }
+
+
+def test_names_in_damaged_files_keep_an_error_on_one_line() -> None:
+    assert str(InputError("no \x00\n\x1c\u2028é: do")) == r"no \x00\n\x1c\u2028é: do"
 
 
 @pytest.mark.parametrize("kind", FINDINGS)

@@ -308,10 +308,12 @@ def _check_own_nodes(model: ir.Model) -> None:
         for name in VECTORS.keys() & inputs.keys():
             value, length = inputs[name], attributes[VECTORS[name]]
             tensor = value.const_value if value is not None else None
-            if tensor is not None and tensor.shape.numpy() not in ((), (length,)):
+            if tensor is None or tensor.shape.numpy() == (length,):
+                continue
+            if tensor.shape.numpy() != () or tensor.numpy() != 0:
                 raise InputError(
-                    f"{node.name}: {name} {value.name!r} is {list(tensor.shape.numpy())}, not "
-                    f"[{length}]: export it again"
+                    f"{node.name}: {name} {value.name!r} is {list(tensor.shape.numpy())}, neither "
+                    f"[{length}] nor a zero that says it is absent: export it again"
                 )
         for weight in op.weights:
             with _refusing(str(node.name), "its sizes"):
