@@ -51,6 +51,10 @@ def _version(value: Any) -> bool:
     return isinstance(value, str) and bool(re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,4})*", value))
 
 
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
 def _word(value: Any) -> bool:
     return isinstance(value, str) and bool(re.fullmatch(r"[a-z0-9_-]+", value))
 
@@ -60,7 +64,7 @@ _SCHEMA: dict[str, Any] = {
     "format": int,
     "bitcompile": str,
     "source": str,
-    "target": {"name": str, "device": str, "host": str, "isas": [_word]},
+    "target": {"name": _text, "device": _text, "host": _text, "isas": [_word]},
     "layout": str,
     "library": str,
     "min_onnxruntime": _version,

@@ -12,6 +12,7 @@ from bitcompile import artifact as artifacts
 from bitcompile import inspection, passing, verification
 from bitcompile.artifact import Artifact, Progress, silent
 from bitcompile.errors import ToolchainError, UsageError, writing
+from bitcompile.frontends.gguf_ternary import I2S_ORDERS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -69,6 +70,13 @@ class BuildOptions:
             "[default: cpu]."
         },
     )
+    i2s_order: str | None = field(
+        default=None,
+        metadata={
+            "choices": tuple(I2S_ORDERS),
+            "help": "Order of I2_S codes, where a .gguf file cannot tell it.",
+        },
+    )
     verify: bool = field(
         default=True,
         metadata={"help": "Verify the artifact (for another machine: without its plugin)."},
@@ -117,6 +125,7 @@ def build(
     context: int | None = None,
     offload: str | None = None,
     fallback: str | None = None,
+    i2s_order: str | None = None,
     verify: bool = True,
     dump: str | Path | None = None,
     force: bool = False,
@@ -134,7 +143,18 @@ def build(
     """
     folder = None if dump is None else Path(dump)
     options = BuildOptions(
-        target, host, head, logits, layout, context, offload, fallback, verify, folder, force
+        target,
+        host,
+        head,
+        logits,
+        layout,
+        context,
+        offload,
+        fallback,
+        i2s_order,
+        verify,
+        folder,
+        force,
     )
     return run(model, Path(out), options, progress, example_inputs, dynamic_shapes)
 
@@ -155,6 +175,21 @@ def run(
     _require_toolchain(target)
 
     # These need the build extra, which the line above has asked for.
+    from bitcompile.frontends.assembly import quiet
+
+    with quiet():
+        return _run(model, out, options, target, progress, example_inputs, dynamic_shapes)
+
+
+def _run(
+    model: str | Path | torch.nn.Module,
+    out: Path,
+    options: BuildOptions,
+    target: Target,
+    progress: Progress,
+    example_inputs: Any,
+    dynamic_shapes: Any,
+) -> Artifact:
     from bitcompile import frontends
     from bitcompile.lower import lower
     from bitcompile.passes import finishing, pipeline
@@ -165,6 +200,7 @@ def run(
         progress,
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,
+        i2s_order=options.i2s_order,
     )
     options = options.resolved(frontends.is_checkpoint(model))
     graph = imported.graph
@@ -199,6 +235,7 @@ def export(
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     context: int | None = None,
+    i2s_order: str | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Path:
@@ -215,14 +252,21 @@ def export(
     except ImportError:
         raise ToolchainError('exporting needs pip install "bitcompile[build]"') from None
     from bitcompile import frontends
+    from bitcompile.frontends.assembly import quiet
     from bitcompile.passes import finishing
 
-    imported = frontends.load(
-        model, context, progress, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes
-    )
-    passing.run(imported.graph, finishing())
-    progress("writing the model")
-    _save(imported.graph, out)
+    with quiet():
+        imported = frontends.load(
+            model,
+            context,
+            progress,
+            example_inputs=example_inputs,
+            dynamic_shapes=dynamic_shapes,
+            i2s_order=i2s_order,
+        )
+        passing.run(imported.graph, finishing())
+        progress("writing the model")
+        _save(imported.graph, out)
     return out
 
 

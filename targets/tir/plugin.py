@@ -89,7 +89,7 @@ def kernel_table(isas: Sequence[str]) -> tuple[Kernel, ...]:
     )
 
 
-CPU_DEVICE = "const Device *const bc_device = &bc_cpu_device;\n"
+CPU_DEVICE = '#include "ops.h"\nconst Device *const bc_device = &bc_cpu_device;\n'
 """The line that makes the CPU a plugin's device."""
 
 
@@ -217,6 +217,27 @@ def _require_space(folder: Path) -> None:
         raise ToolchainError(f"no space left in {folder}: free some, or set BITCOMPILE_CACHE")
 
 
+def compile_kernels(
+    isas: Sequence[Isa], layout: str, folder: Path, mtriple: str | None = None
+) -> tuple[list[Path], Path]:
+    """Write the kernels' object files and ``kernels.c``, their table, to ``folder``.
+
+    ``mtriple``: LLVM's triple of the host, None for this machine's.
+    """
+    from bitcompile.targets.tir.objects import compile_object
+
+    objects = []
+    for isa in isas:
+        functions = {symbol(field, isa.name): _generate(field, isa) for field in GENERATORS}
+        objects.append(folder / f"{isa.name}.o")
+        compile_object(
+            functions, {**isa.target, **({"mtriple": mtriple} if mtriple else {})}, objects[-1]
+        )
+    table = folder / "kernels.c"
+    table.write_text(_table_source(isas, layout))
+    return objects, table
+
+
 def _compile(
     isas: Sequence[Isa],
     triple: str,
@@ -227,23 +248,16 @@ def _compile(
     device: DeviceCode | None,
 ) -> None:
     """Compile and link into a temporary folder, then move the results to ``path``'s."""
-    from bitcompile.targets.tir.objects import compile_object
-
     path.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         work = Path(name)
-        objects = []
-        for isa in isas:
-            functions = {symbol(field, isa.name): _generate(field, isa) for field in GENERATORS}
-            objects.append(work / f"{isa.name}.o")
-            target = {**isa.target, "mtriple": system.llvm_triple(triple)}
-            compile_object(functions, target, objects[-1])
+        objects: list[Path] = []
         sources = [CSRC / name for name in (*GLUE, *(device.sources if device else ()))]
         if isas:
-            sources += [CSRC / CPU_GLUE, cpu, work / "kernels.c"]
-            sources[-1].write_text(_table_source(isas, layout))
+            objects, table = compile_kernels(isas, layout, work, system.llvm_triple(triple))
+            sources += [CSRC / CPU_GLUE, cpu, table]
         sources.append(work / "device.c")
-        sources[-1].write_text(device.table() if device else '#include "ops.h"\n' + CPU_DEVICE)
+        sources[-1].write_text(device.table() if device else CPU_DEVICE)
         made = work / path.name
         system.link(triple, objects, sources, made)
         if system.archive is not None:
