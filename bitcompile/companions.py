@@ -160,8 +160,9 @@ needed at run time.
 _ANDROID = """\
 ## Kotlin, onnxruntime-android
 
-Put `{library}` into `src/main/jniLibs/arm64-v8a/` of the app. Put `model.onnx` and `model.onnx.data`
-into one folder of files (`filesDir`, not packed in the APK): the weights are then mapped, not copied.
+Put `{library}` into `src/main/jniLibs/arm64-v8a/` of the app. Put `model.onnx` and
+`model.onnx.data` into one folder of files (`filesDir`, not packed in the APK): the weights are then
+mapped, not copied.
 
 ```kotlin
 val environment = OrtEnvironment.getEnvironment()
@@ -175,8 +176,8 @@ val session = environment.createSession(File(context.filesDir, "model.onnx").pat
 _SWIFT = """\
 ## Swift, onnxruntime-objc
 
-Add `{archive}` to "Link Binary With Libraries", and `include/bitcompile.h` to the bridging header. Add
-`model.onnx` and `model.onnx.data` to the app's resources.
+Add `{archive}` to "Link Binary With Libraries", and `include/bitcompile.h` to the bridging header.
+Add `model.onnx` and `model.onnx.data` to the app's resources.
 
 ```swift
 let options = try ORTSessionOptions()
