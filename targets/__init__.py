@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from bitcompile.errors import ToolchainError, UsageError
 from bitcompile.target import Target
+from bitcompile.targets.cuda import CUDA
 from bitcompile.targets.x86 import X86
 
-TARGETS: dict[str, Target] = {target.name: target for target in (X86,)}
+TARGETS: dict[str, Target] = {target.name: target for target in (X86, CUDA)}
 
 NATIVE = "native"
 

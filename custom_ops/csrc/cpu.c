@@ -206,8 +206,8 @@ static BcStatus *compute_linear(const Kernel *k, BcContext *context, const Tenso
   TRY(bc_expect_weight(k, "w", w, "w_scale", w_scale, k->N, k->K));
   if (gamma) TRY(bc_expect(k, "gamma", gamma, 1, gamma_shape));
   TRY(bc_open_rows(k, context, x, k->K, k->N, &y, &M));
-  TRY(bc_optional(k, "bias", &rest[2], 1, bias_shape, &matmul.bias));
-  TRY(bc_optional(k, "residual", &rest[3], y.rank, y.dim, &matmul.residual));
+  TRY(bc_optional(k, "bias", &rest[2], 1, bias_shape, (const void **)&matmul.bias));
+  TRY(bc_optional(k, "residual", &rest[3], y.rank, y.dim, (const void **)&matmul.residual));
   if (M == 0) return NULL;
   TRY(open_scratch(k, context, rows_bytes(k, M, k->K), &scratch));
   RowJob rows = {
@@ -246,7 +246,7 @@ static BcStatus *compute_bit_glu(const Kernel *k, BcContext *context) {
   if (k->sub_norm) TRY(bc_expect(k, "gamma_sub", &in[4], 1, sub_shape));
   TRY(bc_expect_weight(k, "w_down", &in[5], "s_down", &in[6], k->N, k->F));
   TRY(bc_open_rows(k, context, &in[0], k->K, k->N, &y, &M));
-  TRY(bc_optional(k, "residual", &in[7], y.rank, y.dim, &residual));
+  TRY(bc_optional(k, "residual", &in[7], y.rank, y.dim, (const void **)&residual));
   if (M == 0) return NULL;
 
   int64_t most = bc_min64(M, PASS_ROWS);
@@ -462,7 +462,10 @@ static BcStatus *open_cpu(const BcApi *api, const void **state) {
   return NULL;
 }
 
+static const int types[] = {BC_FLOAT, 0};
+
 const Device bc_device = {
+    .types = types,
     .layout = bc_layout,
     .tile_rows = TILE_ROWS,
     .tile_columns = TILE_ROWS,

@@ -123,15 +123,23 @@ def cache_dir() -> Path:
     return Path(base) / "bitcompile"
 
 
-def _fingerprint(*parts: str) -> str:
-    """Hash of the generators, the C sources and the compilers' versions."""
+def fingerprint(*parts: str, more: Sequence[Path] = ()) -> str:
+    """Hash of the generators, the C sources, ``more`` files and the compilers' versions.
+
+    Raises ToolchainError if a compiler is not installed.
+    """
     spine = Path(bitcompile.errors.__file__).parent
-    sources = [*sorted(TIR.glob("*.py")), *sorted(CSRC.iterdir()), spine / "numerics.py"]
+    sources = [*sorted(TIR.glob("*.py")), *sorted(CSRC.iterdir()), spine / "numerics.py", *more]
     digest = hashlib.sha256()
     for path in sources:
         if path.is_file():
             digest.update(path.name.encode() + path.read_bytes())
-    versions = [metadata.version(package) for package in ("apache-tvm", "ziglang")]
+    try:
+        versions = [metadata.version(package) for package in ("apache-tvm", "ziglang")]
+    except metadata.PackageNotFoundError as error:
+        raise ToolchainError(
+            f'package {error.name} is not installed: pip install "bitcompile[build]"'
+        ) from None
     digest.update("\0".join([*versions, *parts]).encode())
     return digest.hexdigest()[:16]
 
@@ -145,14 +153,20 @@ def zig(arguments: Sequence[str]) -> None:
         raise ToolchainError(f"zig could not compile the plugin: {complaint.strip()}")
 
 
-def link(triple: str, objects: Sequence[Path], sources: Sequence[Path], out: Path) -> None:
+def link(
+    triple: str,
+    objects: Sequence[Path],
+    sources: Sequence[Path],
+    out: Path,
+    flags: Sequence[str] = (),
+) -> None:
     """Compile the C glue and link everything into a shared library for ``triple``."""
     zig(
         ["cc", "-target", triple, "-std=c11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
         + ["-Wall", "-Wextra", "-Werror", "-fno-sanitize=all", "-s", f"-I{CSRC}"]
         + [f"-Wl,--version-script={CSRC / 'plugin.map'}", "-Wl,-z,now"]
         + [f"-Wl,-soname,{out.name}"]
-        + [str(path) for path in (*sources, *objects)]
+        + [*flags, *(str(path) for path in (*sources, *objects))]
         + ["-o", str(out)]
     )
 
@@ -165,21 +179,24 @@ def build_plugin(
     ``isas``: called only when it must be compiled (it imports TVM); ``cpu``: the C file that knows
     the CPU's features. Raises ToolchainError if a compiler is missing or fails.
     """
-    try:
-        folder = cache_dir() / _fingerprint(triple, layout, library, cpu)
-    except metadata.PackageNotFoundError as error:
-        raise ToolchainError(
-            f'package {error.name} is not installed: pip install "bitcompile[build]"'
-        ) from None
-    path = folder / library
+    key = fingerprint(triple, layout, library, cpu)
+    return cached(key, library, lambda path: _compile(isas(), triple, layout, CSRC / cpu, path))
+
+
+def cached(key: str, library: str, compile: Callable[[Path], None]) -> Path:
+    """The library kept under ``key``, or the one ``compile(path)`` leaves at its path.
+
+    Raises ToolchainError if the cache cannot be used.
+    """
+    path = cache_dir() / key / library
     try:
         if not _intact(path):
-            _require_space(folder.parent)
-            _compile(isas(), triple, layout, CSRC / cpu, path)
+            _require_space(path.parent.parent)
+            compile(path)
     except OSError as error:
         raise ToolchainError(
-            f"cannot use the cache {folder.parent} ({error.strerror}): set BITCOMPILE_CACHE to a "
-            "folder that can be written"
+            f"cannot use the cache {path.parent.parent} ({error.strerror}): set BITCOMPILE_CACHE "
+            "to a folder that can be written"
         ) from error
     return path
 
@@ -221,8 +238,15 @@ def _compile(isas: Sequence[Isa], triple: str, layout: str, cpu: Path, path: Pat
         table.write_text(_table_source(isas, layout))
         made = work / path.name
         link(triple, objects, [table, *(CSRC / name for name in GLUE), cpu], made)
-        digest = work / "sha256"
-        digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest(), "ascii")
-        # Two builds may meet here: each leaves a whole library, and both are the same program.
-        os.replace(digest, _hash_file(path))
-        os.replace(made, path)
+        keep(made, path)
+
+
+def keep(made: Path, path: Path) -> None:
+    """Move a library into its place in the cache.
+
+    Two builds may meet here: each leaves a whole library, and both are the same program.
+    """
+    digest = made.with_name("sha256")
+    digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest(), "ascii")
+    os.replace(digest, _hash_file(path))
+    os.replace(made, path)

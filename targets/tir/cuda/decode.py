@@ -1,0 +1,319 @@
+"""Products with few tokens: every weight is read once, as early and as many at a time as can be.
+
+A block takes some row tiles; their units, in the order they lie in memory, go to its warps in equal
+runs. A warp starts its first loads, then the block makes the activations (they come from the kernel
+before: with programmatic dependent launch the weights are on their way while that one ends), then
+tensor cores multiply and sums of a tile meet in shared memory, where integers may be added in any
+order.
+
+One token: the block norms and quantises the row by itself, which costs less than a kernel between.
+Up to 16 tokens: they come quantised (:mod:`rows`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bitcompile.targets.tir.cuda.device import (
+    Ids,
+    at,
+    barrier,
+    call,
+    device_kernel,
+    do,
+    dynamic,
+    long,
+    put,
+    read,
+    shared,
+    shuffle_xor,
+    variable,
+    view,
+)
+from bitcompile.targets.tir.cuda.rows import (
+    FLOAT,
+    LANES,
+    add_square,
+    gated,
+    magnitude,
+    reciprocal_rms,
+    row_scale,
+    tree,
+)
+from bitcompile.targets.tir.cuda.tile import (
+    TILE_ROWS,
+    TOKEN_UNIT,
+    TOKENS,
+    UNIT_COLUMNS,
+    UNIT_WORDS,
+)
+from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, when
+
+WARPS = 16
+THREADS = 32 * WARPS
+IN_FLIGHT = 8
+"""Units of weights a warp has under way: 64 KiB a block."""
+STEP_WORDS = UNIT_COLUMNS // 4
+"""Words of a token's unit."""
+ROW_PAD = 4
+"""Words between tokens in shared memory that keep a warp's reads in different banks."""
+
+PARAMETERS = [
+    ("x", "uint8*"), ("gamma", "float32*"), ("q", "uint8*"), ("s", "float32*"), ("qsum", "int32*"),
+    ("w", "uint32*"), ("w_scale", "float32*"), ("bias", "float32*"), ("residual", "uint8*"),
+    ("y", "uint8*"),
+    *((name, "int32") for name in (
+        "M", "N", "K", "units", "token_groups", "tiles", "step", "pairs", "type_x", "type_y",
+        "has_norm", "has_bias", "has_residual", "activation",
+    )),
+    ("eps", "float32"),
+]  # fmt: skip
+
+
+class Share:
+    """The tiles of a block and the units of a warp.
+
+    With pairs, slot i of ``count`` is a gate tile and slot ``count + i`` its up tile, which lies
+    ``tiles`` tiles further on.
+    """
+
+    def __init__(self, ids: Ids, tiles: Expr, step: Expr, pairs: Expr, units: Expr) -> None:
+        self.base = ids.block_x * step
+        self.count = T.min(step, tiles - self.base)
+        self.jump = (tiles - self.count) * units
+        self.border = self.count * units
+        total = self.border * pairs
+        run = T.floordiv(total + (WARPS - 1), WARPS)
+        self.begin = ids.warp * run
+        self.end = T.min(self.begin + run, total)
+        self.units = units
+
+    def word(self, unit: Expr, lane: Expr) -> Expr:
+        """Where a lane's four words of a unit begin."""
+        jump = T.if_then_else(unit >= self.border, self.jump, 0)
+        return long(self.base * self.units + unit + jump) * UNIT_WORDS + lane * 4
+
+
+def _prefetch(ids: Ids, share: Share, w: Buffer, held: Buffer, unit: Expr, place: int) -> None:
+    with when(unit < share.end):
+        do("bc_load_weights", at(held, place * 4), at(w, share.word(unit, ids.lane)))
+
+
+def _fragment(word: Expr) -> Expr:
+    """Where word ``word`` of a token goes: a lane's eight words of a unit lie together."""
+    within = word % STEP_WORDS
+    return word - within + (within % 4) * (STEP_WORDS // 4) + T.floordiv(within, 4)
+
+
+def _bring_row(ids: Ids, x: Buffer, values: Buffer, start: Expr, K: Expr, words: Expr,
+               type_x: Expr) -> None:  # fmt: skip
+    """The row in float32, zeros from K on."""
+    four = local(4, "float32")
+    with T.serial(T.floordiv(words + (THREADS - 1), THREADS)) as turn:
+        word = turn * THREADS + ids.thread
+        with when(word < words):
+            for j in range(4):
+                put(four, T.float32(0), j)
+            with when(word * 4 + 3 < K):
+                do("bc_load4", at(four, 0), x.data, long(word * 4), type_x)
+            with when(T.And(word * 4 < K, word * 4 + 3 >= K)):
+                for j in range(3):
+                    with when(word * 4 + j < K):
+                        put(four, read("float32", "bc_load", x.data, long(word * 4 + j), type_x), j)
+            do("bc_store_shared4", at(values, start + word * 4), at(four, 0))
+
+
+def _quantise_row(ids: Ids, x: Buffer, gamma: Buffer, room: Buffer, values: Buffer, q_at: int,
+                  x_at: Expr, gamma_at: Expr, K: Expr, words: Expr, type_x: Expr, has_norm: Expr,
+                  eps: Expr) -> tuple[Expr, Expr]:  # fmt: skip
+    """Norm and quantise one row into ``room`` from ``q_at``; its stored scale and sum."""
+    norm, most = shared(1, "float32"), shared(WARPS, "int32")
+    sums = shared(WARPS, "int32")
+    with when(has_norm != 0), T.serial(T.floordiv(words * 4 + (THREADS - 1), THREADS)) as turn:
+        k = turn * THREADS + ids.thread
+        with when(k < words * 4):
+            put(values, T.float32(0), gamma_at + k)
+        with when(k < K):
+            put(values, gamma[k], gamma_at + k)
+    do("bc_wait_for_earlier")
+    _bring_row(ids, x, values, x_at, K, words, type_x)
+    barrier()
+    rstd = variable(T.float32(0), "float32")
+    with when(has_norm != 0):
+        with when(ids.warp == 0):
+            low, high = (variable(T.float32(0), "float32") for _ in range(2))
+            with T.serial(T.floordiv(words * 4, LANES)) as i:
+                add_square(low, values[x_at + i * LANES + ids.lane])
+                add_square(high, values[x_at + i * LANES + 32 + ids.lane])
+            put(norm, reciprocal_rms(tree(low[0], high[0]), K, eps))
+        barrier()
+        put(rstd, norm[0])
+
+    bits = variable(T.int32(0), "int32")
+    four, gammas = local(4, "float32"), local(4, "float32")
+    with T.serial(T.floordiv(words + (THREADS - 1), THREADS)) as turn:
+        word = turn * THREADS + ids.thread
+        with when(word < words):
+            do("bc_load_shared4", at(four, 0), at(values, x_at + word * 4))
+            with when(has_norm != 0):
+                do("bc_load_shared4", at(gammas, 0), at(values, gamma_at + word * 4))
+                for j in range(4):
+                    put(four, (four[j] * rstd[0]) * gammas[j], j)
+                do("bc_store_shared4", at(values, x_at + word * 4), at(four, 0))
+            for j in range(4):
+                put(bits, T.max(bits[0], magnitude(four[j])))
+    put(bits, call("int32", "__reduce_max_sync", T.uint32(0xFFFFFFFF), bits[0]))
+    with when(ids.lane == 0):
+        put(most, bits[0], ids.warp)
+    barrier()
+    put(bits, most[ids.lane % WARPS])
+    put(bits, call("int32", "__reduce_max_sync", T.uint32(0xFFFFFFFF), bits[0]))
+    scale, kept = row_scale(bits[0])
+    total = variable(T.int32(0), "int32")
+    with T.serial(T.floordiv(words + (THREADS - 1), THREADS)) as turn:
+        word = turn * THREADS + ids.thread
+        with when(word < words):
+            do("bc_load_shared4", at(four, 0), at(values, x_at + word * 4))
+            parts = [call("int32", "bc_quantized", four[j], scale) for j in range(4)]
+            packed = variable(call("int32", "bc_pack", *parts), "int32")
+            put(total, total[0] + call("int32", "bc_sum4", packed[0]))
+            put(room, packed[0], q_at + _fragment(word))
+    put(total, call("int32", "__reduce_add_sync", T.uint32(0xFFFFFFFF), total[0]))
+    with when(ids.lane == 0):
+        put(sums, total[0], ids.warp)
+    barrier()
+    put(total, T.int32(0))
+    for warp in range(WARPS):
+        put(total, total[0] + sums[warp])
+    return kept, total[0]
+
+
+def _bring_tokens(ids: Ids, q: Buffer, room: Buffer, tokens: int, units: Expr, stride: Expr,
+                  token_groups: Expr) -> None:  # fmt: skip
+    """The quantised tokens, each lane's words of a unit together."""
+    pieces = units * (tokens * 8)  # 16 bytes each
+    four = local(4, "int32")
+    with T.serial(T.floordiv(pieces + (THREADS - 1), THREADS)) as turn:
+        i = turn * THREADS + ids.thread
+        with when(i < pieces):
+            unit, token, stored = T.floordiv(i, tokens * 8), T.floordiv(i, 8) % tokens, i % 8
+            group = unit * token_groups + T.floordiv(token, TOKENS)
+            row = token % TOKENS
+            offset = long(group) * TOKEN_UNIT + row * UNIT_COLUMNS + stored * 16
+            do("bc_load_int4", at(four, 0), q.data, offset)
+            piece = T.bitwise_xor(stored, row)
+            for c in range(4):
+                put(room, four[c], token * stride + unit * STEP_WORDS + c * 8 + piece)
+
+
+def decode(name: str, tokens: int) -> Any:
+    """``y = scaled(W q)`` for one row ``x`` (tokens 1) or up to ``tokens`` quantised ones.
+
+    ``W``: units ``[tiles, units]``; ``y`` ``[M, N]`` of ``type_y``, plus bias ``[N]`` and residual
+    like y. With ``pairs`` 2, rows n and N + n of W give ``act(gate) * up``. Grid: blocks of ``step``
+    tiles. Dynamic shared memory: ``decode_bytes`` in ``cuda.c``.
+    """
+    one = tokens == 1
+    groups = max(1, tokens // TOKENS)
+
+    def body(ids: Ids, x: Buffer, gamma: Buffer, q: Buffer, s: Buffer, qsum: Buffer, w: Buffer,
+             w_scale: Buffer, bias: Buffer, residual: Buffer, y: Buffer, M: Expr, N: Expr, K: Expr,
+             units: Expr, token_groups: Expr, tiles: Expr, step: Expr, pairs: Expr, type_x: Expr,
+             type_y: Expr, has_norm: Expr, has_bias: Expr, has_residual: Expr, activation: Expr,
+             eps: Expr) -> None:  # fmt: skip
+        memory = dynamic()
+        room, values = view(memory, "int32"), view(memory, "float32")
+        held = local(IN_FLIGHT * 4, "uint32")
+        share = Share(ids, tiles, step, pairs, units)
+        words = units * STEP_WORDS
+        stride = words + ROW_PAD
+        sums = stride * tokens  # where accumulators begin: [slots * 16, tokens]
+        do("bc_let_next_start")
+        for i in range(IN_FLIGHT):
+            _prefetch(ids, share, w, held, share.begin + i, i)
+        slots = step * pairs * TILE_ROWS * tokens
+        with T.serial(T.floordiv(slots + (THREADS - 1), THREADS)) as turn:
+            i = turn * THREADS + ids.thread
+            with when(i < slots):
+                put(room, T.int32(0), sums + i)
+        if one:
+            x_at = sums + slots
+            scale, total = _quantise_row(ids, x, gamma, room, values, 0, x_at, x_at + words * 4, K,
+                                         words, type_x, has_norm, eps)  # fmt: skip
+        else:
+            do("bc_wait_for_earlier")
+            _bring_tokens(ids, q, room, tokens, units, stride, token_groups)
+            barrier()
+
+        acc = local(4 * groups, "int32")
+        b = local(8 * groups, "int32")
+        slot = variable(T.floordiv(share.begin, units), "int32")
+        column = variable(share.begin % units, "int32")
+        for i in range(4 * groups):
+            put(acc, T.int32(0), i)
+        g, c = T.floordiv(ids.lane, 4), ids.lane % 4
+
+        def add_up() -> None:
+            row = sums + (slot[0] * TILE_ROWS + g) * tokens
+            if one:
+                with when(c == 0):
+                    do("bc_add_shared", at(room, row), acc[0])
+                    do("bc_add_shared", at(room, row + 8), acc[2])
+            else:
+                for group in range(groups):
+                    for e in range(4):
+                        to = row + e // 2 * 8 * tokens + group * TOKENS + c * 2 + e % 2
+                        do("bc_add_shared", at(room, to), acc[group * 4 + e])
+            for i in range(4 * groups):
+                put(acc, T.int32(0), i)
+
+        with T.serial(T.floordiv(share.end - share.begin + (IN_FLIGHT - 1), IN_FLIGHT)) as turn:
+            for i in range(IN_FLIGHT):
+                unit = share.begin + turn * IN_FLIGHT + i
+                with when(unit < share.end):
+                    for group in range(groups):
+                        token = 0 if one else (g + group * TOKENS) * stride
+                        start = token + column[0] * STEP_WORDS + c * 8
+                        do("bc_load_shared8", at(b, group * 8), at(room, start))
+                    for t in range(4):
+                        for group in range(groups):
+                            operands = (b[group * 8 + 2 * t], b[group * 8 + 2 * t + 1])
+                            do("bc_mma", at(acc, group * 4), held[i * 4 + t], *operands)
+                    _prefetch(ids, share, w, held, unit + IN_FLIGHT, i)
+                    put(column, column[0] + 1)
+                    with when(column[0] == units):
+                        add_up()
+                        put(column, T.int32(0))
+                        put(slot, slot[0] + 1)
+        with when(T.And(share.begin < share.end, column[0] > 0)):
+            add_up()
+        barrier()
+
+        rows = share.count * TILE_ROWS
+        with T.serial(T.floordiv(rows * M + (THREADS - 1), THREADS)) as turn:
+            i = turn * THREADS + ids.thread
+            m, r = T.floordiv(i, rows), i % rows
+            n = share.base * TILE_ROWS + r
+            with when(T.And(i < rows * M, n < N)):
+                if one:
+                    token_scale, token_sum = scale, total
+                else:
+                    token_scale = read("float32", "bc_load", s.data, long(m), FLOAT)
+                    token_sum = read("int32", "bc_load_int", qsum.data, long(m))
+
+                def product(row: Expr, feature: Expr) -> Expr:
+                    whole = room[sums + row * tokens + m] - token_sum
+                    factor = call("float32", "__fdiv_rn", w_scale[feature], token_scale)
+                    return variable(T.cast(whole, "float32") * factor, "float32")[0]
+
+                result = variable(product(r, n), "float32")
+                with when(pairs == 2):
+                    put(result, gated(activation, result[0], product(rows + r, N + n)))
+                with when(has_bias != 0):
+                    put(result, result[0] + bias[n])
+                with when(has_residual != 0):
+                    old = read("float32", "bc_load", residual.data, long(m) * N + n, type_y)
+                    put(result, result[0] + old)
+                do("bc_store", y.data, long(m) * N + n, result[0], type_y)
+
+    return device_kernel(name, PARAMETERS, THREADS, body)
