@@ -10,7 +10,11 @@ if TYPE_CHECKING:
     from bitcompile.model import Imported, LanguageModel, Lowered
 
 
-def genai_config(language: LanguageModel, library: str) -> dict[str, Any]:
+PROVIDERS = {"cuda": ("cuda", "CUDAExecutionProvider")}
+"""Device of a target to what onnxruntime-genai and onnxruntime call its execution provider."""
+
+
+def genai_config(language: LanguageModel, library: str, device: str = "cpu") -> dict[str, Any]:
     """``genai_config.json`` for a decoder whose plugin ``library`` lies in the same folder.
 
     The model type is ``llama`` whatever the architecture: onnxruntime-genai has a fixed list, and
@@ -32,7 +36,10 @@ def genai_config(language: LanguageModel, library: str) -> dict[str, Any]:
             "context_length": language.context_length,
             "decoder": {
                 # Threads are not fixed here: the artifact runs on machines of any size.
-                "session_options": {"provider_options": [], "custom_ops_library": library},
+                "session_options": {
+                    "provider_options": [{PROVIDERS[device][0]: {}}] if device in PROVIDERS else [],
+                    "custom_ops_library": library,
+                },
                 "filename": "model.onnx",
                 "head_size": language.head_size,
                 "hidden_size": language.hidden_size,
@@ -76,7 +83,7 @@ import onnxruntime
 
 options = onnxruntime.SessionOptions()
 options.register_custom_ops_library("./{library}")  # leave out to run without the plugin
-session = onnxruntime.InferenceSession("model.onnx", options)
+session = onnxruntime.InferenceSession("model.onnx", options, providers={providers})
 print([(i.name, i.type, i.shape) for i in session.get_inputs()])
 ```
 
@@ -141,6 +148,7 @@ def readme(imported: Imported, lowered: Lowered) -> str:
     from bitcompile import __version__
 
     language = imported.language
+    name = PROVIDERS.get(lowered.target.device, ("",))[1:]
     template = _HEADER + (_GENAI if language is not None else "") + _C
     values = {
         "source": imported.source,
@@ -151,6 +159,7 @@ def readme(imported: Imported, lowered: Lowered) -> str:
         "host": lowered.target.host,
         "library": lowered.target.library,
         "minimum": MIN_ONNXRUNTIME,
+        "providers": str([*name, "CPUExecutionProvider"]),
         "length": str(min(256, language.context_length) if language is not None else 0),
     }
     for key, value in values.items():

@@ -33,7 +33,7 @@ class BuildOptions:
         metadata={
             "choices": passing.HEADS,
             "help": "Embedding and head table: 8 or 4 bits a weight, or floats "
-            "[default: q8; float for torch modules and .onnx files].",
+            "[default: q8, on GPUs float; float for torch modules and .onnx files].",
         },
     )
     logits: str | None = field(
@@ -72,9 +72,9 @@ class BuildOptions:
         if self.context is not None and self.context < 1:
             raise UsageError(f"context must be 1 or more, not {self.context}")
 
-    def resolved(self, checkpoint: bool) -> BuildOptions:
+    def resolved(self, checkpoint: bool, target_head: str = "q8") -> BuildOptions:
         """With every choice made: checkpoints are made smaller, other graphs keep their meaning."""
-        defaults = ("q8", "last") if checkpoint else ("float", "all")
+        defaults = (target_head, "last") if checkpoint else ("float", "all")
         return replace(self, head=self.head or defaults[0], logits=self.logits or defaults[1])
 
     def recorded(self) -> dict[str, Any]:
@@ -141,14 +141,17 @@ def run(
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,
     )
-    options = options.resolved(frontends.is_checkpoint(model))
+    options = options.resolved(frontends.is_checkpoint(model), target.head)
     graph = imported.graph
     progress("rewriting the graph")
     steps = pipeline(passing.Options(str(options.head), str(options.logits)))
     records = imported.records + passing.run(graph, steps, options.dump)
     progress(f"compiling for {target.name}")
     lowered = lower(graph, target, options.layout)
-    records += passing.run(lowered.graph, finishing(), options.dump, first=len(steps) + 1)
+    # Attention asks for narrow activations; other models keep the types of their inputs.
+    activations = target.activations if imported.language is not None else "float32"
+    after = finishing(activations)
+    records += passing.run(lowered.graph, after, options.dump, first=len(steps) + 1)
     with artifacts.staged(out, options.force) as folder:
         made = artifacts.write(
             folder,

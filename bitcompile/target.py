@@ -44,3 +44,9 @@ class Target:
     """None if this machine can run it, else what is missing."""
     can_build_here: Callable[[], str | None]
     """None if this machine can build it, else what is missing and how to get it."""
+    activations: str = "float32"
+    """Element type between operators: ``float32``, or ``float16`` where attention needs it."""
+    head: str = "q8"
+    """Embedding and head table of a checkpoint unless asked otherwise."""
+    grouped: bool = True
+    """Whether there are kernels for weights with a scale per group of columns."""

@@ -47,4 +47,7 @@ CUDA = Target(
     compile=_compile,
     can_run_here=_can_run_here,
     can_build_here=_can_build_here,
+    activations="float16",
+    head="float",
+    grouped=False,
 )
