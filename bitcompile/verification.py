@@ -531,9 +531,7 @@ def empty_caches(session: Any) -> dict[str, npt.NDArray[Any]]:
     }
 
 
-def step(
-    session: Any, tokens: npt.NDArray[np.int64], caches: dict[str, npt.NDArray[Any]]
-) -> F32:
+def step(session: Any, tokens: npt.NDArray[np.int64], caches: dict[str, npt.NDArray[Any]]) -> F32:
     """Feed ``tokens`` int64 ``[1, S]``: logits ``[1, S or 1, V]``; ``caches`` move on in place."""
     past = next(iter(caches.values())).shape[2] if caches else 0
     feeds: dict[str, Any] = {"input_ids": tokens, **caches}

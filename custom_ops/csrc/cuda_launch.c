@@ -12,7 +12,6 @@ enum {
   TILE_ROWS = 16,
   TOKENS = 8,
   TOKEN_UNIT = 1024,
-  BLOCK_UNITS = BC_DECODE_WARPS * BC_DECODE_IN_FLIGHT,
   GEMM_TOKENS = 128,
   MOST_TOKENS = 256, /* of any tile: activations are padded to it */
   ALIGN = 256,
@@ -170,36 +169,39 @@ static int32_t least(int64_t a, int64_t b) { return (int32_t)(a < b ? a : b); }
 static int32_t units_of(const bc_linear *job) { return (int32_t)ceil_div(job->K, UNIT_COLUMNS); }
 static int32_t pairs_of(const bc_linear *job) { return job->gate_out >= 0 ? 2 : 1; }
 
-/* Row tiles of a decode block: enough blocks for every multiprocessor, and then as many tiles as its
- * warps can load at once. */
+/* Row tiles of a decode block: one block a multiprocessor, so that the next kernel's blocks find
+ * room beside it; a thread stores one row. */
 static int32_t step_of(const bc_gpu *gpu, const bc_linear *job) {
   if (job->step) return job->step;
-  int64_t tiles = ceil_div(job->N, TILE_ROWS);
-  int64_t fits = BLOCK_UNITS / ((int64_t)units_of(job) * pairs_of(job));
-  int64_t step = least(tiles / gpu->processors, fits);
-  return step < 1 ? 1 : (int32_t)step;
+  int64_t step = ceil_div(ceil_div(job->N, TILE_ROWS), gpu->processors);
+  return least(step, BC_DECODE_WARPS * 32 / (TILE_ROWS * pairs_of(job)));
 }
 
-static int64_t decode_shared(const bc_gpu *gpu, const bc_linear *job, int tokens) {
-  int64_t words = (int64_t)units_of(job) * UNIT_COLUMNS / 4;
-  int64_t sums = (int64_t)step_of(gpu, job) * pairs_of(job) * TILE_ROWS;
-  int64_t row = tokens == 1 ? 8 * words : 0; /* the row and gamma in float32 */
-  return 4 * ((words + BC_DECODE_ROW_PAD + sums) * tokens + row);
+enum { FUSED = -1 };
+
+static int64_t decode_shared(const bc_gpu *gpu, const bc_linear *job, int kind) {
+  int64_t words = (int64_t)units_of(job) * UNIT_COLUMNS / 4, tokens = kind == FUSED ? 1 : kind;
+  int64_t slots = (int64_t)step_of(gpu, job) * pairs_of(job) * TILE_ROWS;
+  int64_t row = kind == FUSED ? 4 * (ceil_div(words, 128) * 128 + words) : 0;
+  return 4 * ((words + BC_DECODE_ROW_PAD + slots) * tokens + slots + row);
 }
 
-/* Tokens of the decode kernel for a job, 0 if it takes a gemm. */
-static int decode_tokens(const bc_gpu *gpu, const bc_linear *job) {
+static int aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
+
+/* The decode kernel for a job: FUSED, or its tokens; 0 if it takes a gemm. */
+static int decode_kind(const bc_gpu *gpu, const bc_linear *job) {
+  static const int kinds[] = {1, 8, 16};
   int64_t room = gpu->shared_limit - 1024;
-  int aligned = ((uintptr_t)job->x & 15) == 0;
   int alone = job->M == 1 && job->gate_in < 0 && !job->quantised;
-  if (alone && aligned && decode_shared(gpu, job, 1) <= room) return 1;
-  for (int tokens = 8; tokens <= 16; tokens += 8)
-    if (job->M <= tokens && decode_shared(gpu, job, tokens) <= room) return tokens;
+  if (alone && aligned(job->x) && aligned(job->gamma) && decode_shared(gpu, job, FUSED) <= room)
+    return FUSED;
+  for (int i = 0; i < 3; i++)
+    if (job->M <= kinds[i] && decode_shared(gpu, job, kinds[i]) <= room) return kinds[i];
   return 0;
 }
 
 int bc_cuda_gates(const bc_gpu *gpu, const bc_linear *job) {
-  return job->N % TILE_ROWS == 0 && decode_tokens(gpu, job);
+  return job->N % TILE_ROWS == 0 && decode_kind(gpu, job);
 }
 
 typedef struct Tokens { /* quantised activations in scratch memory */
@@ -215,7 +217,7 @@ static int32_t groups_of(int64_t M) {
 }
 
 int64_t bc_cuda_linear_scratch(const bc_gpu *gpu, const bc_linear *job) {
-  if (decode_tokens(gpu, job) == 1) return 0;
+  if (decode_kind(gpu, job) == FUSED) return 0;
   int64_t q = (int64_t)units_of(job) * groups_of(job->M) * TOKEN_UNIT;
   return padded(q) + 2 * padded((int64_t)job->M * 4);
 }
@@ -240,12 +242,14 @@ static int quantise(const bc_gpu *gpu, void *stream, const bc_linear *job, const
                     .has_norm = job->gamma != NULL,
                     .activation = job->gate_in,
                     .eps = job->eps};
-  return launch(gpu, stream, BC_CUDA_ROWS, job->M, 1, BC_ROWS_THREADS, 0,
+  int64_t room = 4 * (ceil_div(job->K, 512) * 512 + (job->gate_in >= 0 ? BC_ROWS_PART : 0));
+  int fast = job->K <= BC_ROWS_LONGEST && job->K % 4 == 0 && aligned(job->x) && aligned(job->gamma);
+  return launch(gpu, stream, fast ? BC_CUDA_ROWS : BC_CUDA_ANY_ROWS, job->M, 1, BC_ROWS_THREADS, fast ? room : 0,
                 (void *[])BC_ROWS_ARGS(a), job->early);
 }
 
 static int decode(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from,
-                  int tokens) {
+                  int kind) {
   int32_t tiles = (int32_t)ceil_div(job->N, TILE_ROWS), step = step_of(gpu, job);
   bc_decode_args a = {.x = job->x,
                       .gamma = job->gamma,
@@ -272,11 +276,12 @@ static int decode(const bc_gpu *gpu, void *stream, const bc_linear *job, const T
                       .has_residual = job->residual != NULL,
                       .activation = job->gate_out,
                       .eps = job->eps};
-  int kernel = tokens == 1   ? BC_CUDA_DECODE1
-               : tokens == 8 ? BC_CUDA_DECODE8
+  int kernel = kind == FUSED ? BC_CUDA_FUSED
+               : kind == 1   ? BC_CUDA_DECODE1
+               : kind == 8   ? BC_CUDA_DECODE8
                              : BC_CUDA_DECODE16;
   return launch(gpu, stream, kernel, ceil_div(tiles, step), 1, BC_DECODE_WARPS * 32,
-                decode_shared(gpu, job, tokens), (void *[])BC_DECODE_ARGS(a), job->early);
+                decode_shared(gpu, job, kind), (void *[])BC_DECODE_ARGS(a), job->early);
 }
 
 typedef struct Schedule { /* of a product with many tokens */
@@ -285,9 +290,9 @@ typedef struct Schedule { /* of a product with many tokens */
 } Schedule;
 static const Schedule mma = {BC_CUDA_GEMM, GEMM_TOKENS, BC_GEMM_THREADS, 2, BC_GEMM_STAGES, 0, 1.0};
 static const Schedule hopper[] = {
-    {BC_CUDA_WGMMA256, 256, BC_WGMMA_THREADS, 1, BC_WGMMA256_STAGES, 1024, 1.0},
-    {BC_CUDA_WGMMA128, 128, BC_WGMMA_THREADS, 2, BC_WGMMA128_STAGES, 1024, 0.9},
-    {BC_CUDA_WGMMA64, 64, BC_WGMMA_THREADS, 2, BC_WGMMA64_STAGES, 1024, 0.7},
+    {BC_CUDA_WGMMA256, 256, BC_WGMMA_THREADS, 1, BC_WGMMA256_STAGES, 1024, 0.9},
+    {BC_CUDA_WGMMA128, 128, BC_WGMMA_THREADS, 2, BC_WGMMA128_STAGES, 1024, 1.0},
+    {BC_CUDA_WGMMA64, 64, BC_WGMMA_THREADS, 2, BC_WGMMA64_STAGES, 1024, 0.75},
 };
 
 /* The schedule whose waves of blocks cost least. */
@@ -334,14 +339,14 @@ static int multiply(const bc_gpu *gpu, void *stream, const bc_linear *job, const
 }
 
 int bc_cuda_linear(const bc_gpu *gpu, void *stream, const bc_linear *job, void *scratch) {
-  int tokens = decode_tokens(gpu, job);
+  int kind = decode_kind(gpu, job);
   Tokens none = {0};
-  if (tokens == 1) return decode(gpu, stream, job, &none, 1);
+  if (kind == FUSED) return decode(gpu, stream, job, &none, kind);
   Tokens quantised = take_tokens(job, scratch);
   int result = job->quantised ? 0 : quantise(gpu, stream, job, &quantised);
   if (result) return result;
-  return tokens ? decode(gpu, stream, job, &quantised, tokens)
-                : multiply(gpu, stream, job, &quantised);
+  return kind ? decode(gpu, stream, job, &quantised, kind)
+              : multiply(gpu, stream, job, &quantised);
 }
 
 int bc_cuda_read(const bc_gpu *gpu, void *stream, const void *data, int64_t bytes, void *out) {

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 enum { BC_MAX_GPUS = 16, BC_NO_GATE = -1, BC_MMA_TILE = -1 };
-enum { BC_CUDA_ROWS, BC_CUDA_DECODE1, BC_CUDA_DECODE8, BC_CUDA_DECODE16, BC_CUDA_GEMM,
+enum { BC_CUDA_ROWS, BC_CUDA_ANY_ROWS, BC_CUDA_FUSED, BC_CUDA_DECODE1, BC_CUDA_DECODE8, BC_CUDA_DECODE16, BC_CUDA_GEMM,
        BC_CUDA_WGMMA64, BC_CUDA_WGMMA128, BC_CUDA_WGMMA256, BC_CUDA_READ, BC_CUDA_KERNELS };
 
 /* Device code for one architecture; PTX has major 0. Generated with the list of kernels. */

@@ -187,8 +187,11 @@ static BcStatus *infer_shape(const Operator *op, BcInfer *context) {
   symbol[rank - 1] = "";
   for (size_t i = 0; i < rank; i++)
     if (!symbol[i]) symbol[i] = "";
+  /* Whatever the registrations' types, the runtime asks the first of a name. */
+  int type = spec_of(&op->base)->output;
+  if (!type) TRY(ort_GetTensorElementType(api)(x, &type));
   TRY(ort_CreateTensorTypeAndShapeInfo(api)(&y));
-  BcStatus *status = ort_SetTensorElementType(api)(y, output_type(&op->base, 0));
+  BcStatus *status = ort_SetTensorElementType(api)(y, type);
   if (!status) status = ort_SetDimensions(api)(y, dim, rank);
   if (!status) status = ort_SetSymbolicDimensions(api)(y, symbol, rank);
   if (!status) status = ort_ShapeInferContext_SetOutputTypeShape(api)(context, 0, y);

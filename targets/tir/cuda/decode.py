@@ -6,8 +6,8 @@ before: with programmatic dependent launch the weights are on their way while th
 tensor cores multiply and sums of a tile meet in shared memory, where integers may be added in any
 order.
 
-One token: the block norms and quantises the row by itself, which costs less than a kernel between.
-Up to 16 tokens: they come quantised (:mod:`rows`).
+Fused, for one token: the block norms and quantises the row by itself, which costs less than a kernel
+between. Else up to 16 tokens come quantised (:mod:`rows`).
 """
 
 from __future__ import annotations
@@ -32,13 +32,11 @@ from bitcompile.targets.tir.cuda.device import (
 )
 from bitcompile.targets.tir.cuda.rows import (
     FLOAT,
-    LANES,
-    add_square,
     gated,
     magnitude,
+    ordered_sum,
     reciprocal_rms,
     row_scale,
-    tree,
 )
 from bitcompile.targets.tir.cuda.tile import (
     TILE_ROWS,
@@ -105,47 +103,51 @@ def _fragment(word: Expr) -> Expr:
     return word - within + (within % 4) * (STEP_WORDS // 4) + T.floordiv(within, 4)
 
 
-def _bring_row(ids: Ids, x: Buffer, values: Buffer, start: Expr, K: Expr, words: Expr,
-               type_x: Expr) -> None:  # fmt: skip
-    """The row in float32, zeros from K on."""
-    four = local(4, "float32")
+def _bring_gamma(ids: Ids, gamma: Buffer, values: Buffer, start: Expr, K: Expr,
+                 words: Expr) -> None:  # fmt: skip
+    """The norm's weight, on its way to shared memory; zeros from K on."""
     with T.serial(T.floordiv(words + (THREADS - 1), THREADS)) as turn:
         word = turn * THREADS + ids.thread
-        with when(word < words):
-            for j in range(4):
-                put(four, T.float32(0), j)
-            with when(word * 4 + 3 < K):
-                do("bc_load4", at(four, 0), x.data, long(word * 4), type_x)
+        with when(word * 4 + 3 < K):
+            do("bc_copy_async16", at(values, start + word * 4), gamma.data, long(word) * 16)
+        with when(T.And(word < words, word * 4 + 3 >= K)), T.serial(4) as j:
+            put(values, T.float32(0), start + word * 4 + j)
+            with when(word * 4 + j < K):
+                put(values, gamma[word * 4 + j], start + word * 4 + j)
+
+
+def _bring_row(ids: Ids, x: Buffer, values: Buffer, start: Expr, K: Expr, words: Expr,
+               type_x: Expr) -> None:  # fmt: skip
+    """The row in float32, zeros from K to a multiple of 512 values."""
+    row = local(16, "float32")
+    with T.serial(T.floordiv(words + (4 * THREADS - 1), 4 * THREADS)) as turn:
+        first = turn * (4 * THREADS) + ids.thread
+        do("bc_load_row4", at(row, 0), x.data, T.int64(0), first, THREADS, T.floordiv(K, 4), type_x)
+        for i in range(4):
+            word = first + i * THREADS
             with when(T.And(word * 4 < K, word * 4 + 3 >= K)):
                 for j in range(3):
                     with when(word * 4 + j < K):
-                        put(four, read("float32", "bc_load", x.data, long(word * 4 + j), type_x), j)
-            do("bc_store_shared4", at(values, start + word * 4), at(four, 0))
+                        value = read("float32", "bc_load", x.data, long(word * 4 + j), type_x)
+                        put(row, value, i * 4 + j)
+            with when(word < words):
+                do("bc_store_shared4", at(values, start + word * 4), at(row, i * 4))
 
 
 def _quantise_row(ids: Ids, x: Buffer, gamma: Buffer, room: Buffer, values: Buffer, q_at: int,
-                  x_at: Expr, gamma_at: Expr, K: Expr, words: Expr, type_x: Expr, has_norm: Expr,
-                  eps: Expr) -> tuple[Expr, Expr]:  # fmt: skip
+                  x_at: Expr, gamma_at: Expr, K: Expr, words: Expr, row_words: Expr, type_x: Expr,
+                  has_norm: Expr, eps: Expr) -> tuple[Expr, Expr]:  # fmt: skip
     """Norm and quantise one row into ``room`` from ``q_at``; its stored scale and sum."""
     norm, most = shared(1, "float32"), shared(WARPS, "int32")
     sums = shared(WARPS, "int32")
-    with when(has_norm != 0), T.serial(T.floordiv(words * 4 + (THREADS - 1), THREADS)) as turn:
-        k = turn * THREADS + ids.thread
-        with when(k < words * 4):
-            put(values, T.float32(0), gamma_at + k)
-        with when(k < K):
-            put(values, gamma[k], gamma_at + k)
-    do("bc_wait_for_earlier")
-    _bring_row(ids, x, values, x_at, K, words, type_x)
+    _bring_row(ids, x, values, x_at, K, row_words, type_x)
+    do("bc_copy_wait")
     barrier()
     rstd = variable(T.float32(0), "float32")
     with when(has_norm != 0):
         with when(ids.warp == 0):
-            low, high = (variable(T.float32(0), "float32") for _ in range(2))
-            with T.serial(T.floordiv(words * 4, LANES)) as i:
-                add_square(low, values[x_at + i * LANES + ids.lane])
-                add_square(high, values[x_at + i * LANES + 32 + ids.lane])
-            put(norm, reciprocal_rms(tree(low[0], high[0]), K, eps))
+            total = ordered_sum(values, x_at, row_words * 4, ids.lane)
+            put(norm, reciprocal_rms(total, K, eps))
         barrier()
         put(rstd, norm[0])
 
@@ -191,7 +193,7 @@ def _quantise_row(ids: Ids, x: Buffer, gamma: Buffer, room: Buffer, values: Buff
 def _bring_tokens(ids: Ids, q: Buffer, room: Buffer, tokens: int, units: Expr, stride: Expr,
                   token_groups: Expr) -> None:  # fmt: skip
     """The quantised tokens, each lane's words of a unit together."""
-    pieces = units * (tokens * 8)  # 16 bytes each
+    pieces = units * (tokens * 8)  # 16 bytes each; one token stands in the first row of a group
     four = local(4, "int32")
     with T.serial(T.floordiv(pieces + (THREADS - 1), THREADS)) as turn:
         i = turn * THREADS + ids.thread
@@ -206,8 +208,8 @@ def _bring_tokens(ids: Ids, q: Buffer, room: Buffer, tokens: int, units: Expr, s
                 put(room, four[c], token * stride + unit * STEP_WORDS + c * 8 + piece)
 
 
-def decode(name: str, tokens: int) -> Any:
-    """``y = scaled(W q)`` for one row ``x`` (tokens 1) or up to ``tokens`` quantised ones.
+def decode(name: str, tokens: int, fused: bool = False) -> Any:
+    """``y = scaled(W q)`` for one row ``x`` (fused) or up to ``tokens`` quantised ones.
 
     ``W``: units ``[tiles, units]``; ``y`` ``[M, N]`` of ``type_y``, plus bias ``[N]`` and residual
     like y. With ``pairs`` 2, rows n and N + n of W give ``act(gate) * up``. Grid: blocks of ``step``
@@ -227,22 +229,38 @@ def decode(name: str, tokens: int) -> Any:
         share = Share(ids, tiles, step, pairs, units)
         words = units * STEP_WORDS
         stride = words + ROW_PAD
-        sums = stride * tokens  # where accumulators begin: [slots * 16, tokens]
+        rows, slots = share.count * TILE_ROWS, step * pairs * TILE_ROWS
+        sums = stride * tokens  # where accumulators begin: [slots, tokens]
+        scales = sums + slots * tokens  # and the weights' scales: [slots]
         do("bc_let_next_start")
         for i in range(IN_FLIGHT):
             _prefetch(ids, share, w, held, share.begin + i, i)
-        slots = step * pairs * TILE_ROWS * tokens
-        with T.serial(T.floordiv(slots + (THREADS - 1), THREADS)) as turn:
+        with T.serial(T.floordiv(slots * tokens + (THREADS - 1), THREADS)) as turn:
             i = turn * THREADS + ids.thread
-            with when(i < slots):
+            with when(i < slots * tokens):
                 put(room, T.int32(0), sums + i)
-        if one:
-            x_at = sums + slots
-            scale, total = _quantise_row(ids, x, gamma, room, values, 0, x_at, x_at + words * 4, K,
-                                         words, type_x, has_norm, eps)  # fmt: skip
+        with when(ids.thread < slots):
+            pair = T.floordiv(ids.thread, rows)
+            n = share.base * TILE_ROWS + ids.thread % rows
+            with when(T.And(n < N, pair < pairs)):
+                do("bc_copy_async4", at(values, scales + ids.thread), at(w_scale, pair * N + n))
+        if fused:
+            x_at = scales + slots
+            row_words = T.floordiv(words + 127, 128) * 128
+            with when(has_norm != 0):
+                _bring_gamma(ids, gamma, values, x_at + row_words * 4, K, words)
+        do("bc_wait_for_earlier")
+        old = variable(T.float32(0), "float32")
+        mine = share.base * TILE_ROWS + ids.thread
+        if one:  # a thread stores its own row
+            with when(T.And(has_residual != 0, T.And(ids.thread < rows, mine < N))):
+                put(old, read("float32", "bc_load", residual.data, long(mine), type_y))
+        if fused:
+            scale, total = _quantise_row(ids, x, gamma, room, values, 0, x_at, x_at + row_words * 4,
+                                         K, words, row_words, type_x, has_norm, eps)  # fmt: skip
         else:
-            do("bc_wait_for_earlier")
             _bring_tokens(ids, q, room, tokens, units, stride, token_groups)
+            do("bc_copy_wait")
             barrier()
 
         acc = local(4 * groups, "int32")
@@ -289,31 +307,32 @@ def decode(name: str, tokens: int) -> Any:
             add_up()
         barrier()
 
-        rows = share.count * TILE_ROWS
         with T.serial(T.floordiv(rows * M + (THREADS - 1), THREADS)) as turn:
             i = turn * THREADS + ids.thread
             m, r = T.floordiv(i, rows), i % rows
             n = share.base * TILE_ROWS + r
             with when(T.And(i < rows * M, n < N)):
-                if one:
+                if fused:
                     token_scale, token_sum = scale, total
                 else:
                     token_scale = read("float32", "bc_load", s.data, long(m), FLOAT)
                     token_sum = read("int32", "bc_load_int", qsum.data, long(m))
 
-                def product(row: Expr, feature: Expr) -> Expr:
+                def product(row: Expr) -> Expr:
                     whole = room[sums + row * tokens + m] - token_sum
-                    factor = call("float32", "__fdiv_rn", w_scale[feature], token_scale)
+                    factor = call("float32", "__fdiv_rn", values[scales + row], token_scale)
                     return variable(T.cast(whole, "float32") * factor, "float32")[0]
 
-                result = variable(product(r, n), "float32")
+                result = variable(product(r), "float32")
                 with when(pairs == 2):
-                    put(result, gated(activation, result[0], product(rows + r, N + n)))
+                    put(result, gated(activation, result[0], product(rows + r)))
                 with when(has_bias != 0):
                     put(result, result[0] + bias[n])
                 with when(has_residual != 0):
-                    old = read("float32", "bc_load", residual.data, long(m) * N + n, type_y)
-                    put(result, result[0] + old)
+                    if not one:
+                        to = long(m) * N + n
+                        put(old, read("float32", "bc_load", residual.data, to, type_y))
+                    put(result, result[0] + old[0])
                 do("bc_store", y.data, long(m) * N + n, result[0], type_y)
 
     return device_kernel(name, PARAMETERS, THREADS, body)

@@ -20,6 +20,9 @@ from bitcompile.targets.tir.dsl import Buffer, Expr, IRBuilder, T, kernel_parame
 from bitcompile.targets.tir.gates import Arithmetic
 from bitcompile.targets.tir.objects import lowering
 
+UNWANTED = ("tirx.StorageRewrite", "s_tir.CompactBufferAllocation")
+"""Passes left out: the first lets arrays of a block share memory by a liveness that knows no other
+threads, the second gives arrays in shared memory sizes that only run time knows."""
 BLOCKS = 1 << 20
 """Nominal number of blocks along an axis: the host gives the true one."""
 KERNEL_LAUNCH = 2
@@ -163,8 +166,7 @@ def source(
             for symbol, function in functions.items()
         }
     )
-    # StorageRewrite lets arrays share memory by a liveness that knows no other threads.
-    passes = [step for step in lowering() if step.info.name != "tirx.StorageRewrite"]
+    passes = [step for step in lowering() if step.info.name not in UNWANTED]
     lowered = tvm.ir.transform.Sequential(passes)(module)
     text = tvm.get_global_func("target.build.cuda")(lowered, goal).inspect_source()
     kernels = FLOAT_LITERAL.sub(_float32, text[text.index('extern "C"') :])

@@ -36,6 +36,8 @@ def _wgmma(tokens: int, residents: int) -> DeviceKernel:
 
 KERNELS = (
     DeviceKernel("bc_rows", rows.rows),
+    DeviceKernel("bc_any_rows", rows.any_rows),
+    DeviceKernel("bc_fused", partial(decode.decode, tokens=1, fused=True), 2),
     DeviceKernel("bc_decode1", partial(decode.decode, tokens=1), 2),
     DeviceKernel("bc_decode8", partial(decode.decode, tokens=8), 2),
     DeviceKernel("bc_decode16", partial(decode.decode, tokens=16)),
@@ -48,6 +50,8 @@ KERNELS = (
 
 SIZES = {
     "BC_ROWS_THREADS": rows.THREADS,
+    "BC_ROWS_PART": rows.PART,
+    "BC_ROWS_LONGEST": rows.LONGEST,
     "BC_DECODE_WARPS": decode.WARPS,
     "BC_DECODE_IN_FLIGHT": decode.IN_FLIGHT,
     "BC_DECODE_ROW_PAD": decode.ROW_PAD,

@@ -64,6 +64,49 @@ BC_INLINE void bc_load4(float* out, const void* p, int64_t i, int type) {
 #pragma unroll
   for (int j = 0; j < 4; j++) out[j] = bc_widen(h[j], type);
 }
+/* Words of four elements `first`, `first + stride`, ... of a row from element `base` on, all loads
+ * under way before one is used; zeros from word `words` on. Rows begin at multiples of 4. */
+BC_INLINE void bc_load_row4(float* out, const void* p, int64_t base, int first, int stride, int words,
+                            int type) {
+  float4 wide[4];
+  uint2 narrow[4];
+  if (words < 1) {
+#pragma unroll
+    for (int i = 0; i < 16; i++) out[i] = 0;
+    return;
+  }
+  if (type == 1) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float* at = (const float*)p + base + 4 * min(first + i * stride, words - 1);
+      asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(wide[i].x), "=f"(wide[i].y), "=f"(wide[i].z), "=f"(wide[i].w)
+                   : "l"(at) : "memory");
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const uint16_t* at = (const uint16_t*)p + base + 4 * min(first + i * stride, words - 1);
+      asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+                   : "=r"(narrow[i].x), "=r"(narrow[i].y) : "l"(at) : "memory");
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      wide[i].x = bc_widen((uint16_t)narrow[i].x, type);
+      wide[i].y = bc_widen((uint16_t)(narrow[i].x >> 16), type);
+      wide[i].z = bc_widen((uint16_t)narrow[i].y, type);
+      wide[i].w = bc_widen((uint16_t)(narrow[i].y >> 16), type);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    bool inside = first + i * stride < words;
+    out[4 * i] = inside ? wide[i].x : 0;
+    out[4 * i + 1] = inside ? wide[i].y : 0;
+    out[4 * i + 2] = inside ? wide[i].z : 0;
+    out[4 * i + 3] = inside ? wide[i].w : 0;
+  }
+}
 BC_INLINE uint16_t bc_narrow(float v, int type) {
   uint16_t h;
   if (type == 16)
@@ -169,6 +212,10 @@ BC_INLINE void bc_copy_async16(void* to, const void* from, int64_t byte) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
                ::"r"(bc_shared(to)), "l"((const char*)from + byte) : "memory");
 }
+BC_INLINE void bc_copy_async4(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(bc_shared(to)), "l"(from) : "memory");
+}
+BC_INLINE void bc_copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 BC_INLINE void bc_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 BC_INLINE void bc_copy_wait2() { asm volatile("cp.async.wait_group 2;" ::: "memory"); }
 

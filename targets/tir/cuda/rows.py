@@ -17,12 +17,14 @@ from bitcompile.targets.tir.cuda.device import (
     call,
     device_kernel,
     do,
+    dynamic,
     long,
     put,
     read,
     shared,
     shuffle_xor,
     variable,
+    view,
 )
 from bitcompile.targets.tir.cuda.tile import TOKEN_UNIT, TOKENS, UNIT_COLUMNS
 from bitcompile.targets.tir.dsl import Buffer, Expr, T, load, local, store, when
@@ -146,8 +148,10 @@ PARAMETERS = [
 ]  # fmt: skip
 
 
-def rows(name: str) -> Any:
-    """Rows of ``x``: gate (``activation`` >= 0), norm (``has_norm``), quantise.
+def any_rows(name: str) -> Any:
+    """:func:`rows` of any length and alignment: every pass reads the row again.
+
+    Rows of ``x``: gate (``activation`` >= 0), norm (``has_norm``), quantise.
 
     ``x``: ``[M, K]`` of an element type, or float32 ``[M, 2K]`` if there is a gate. ``q``: int8 in
     units, zeros from column K to Kp; ``s``, ``qsum``: ``[M]``. Grid: M blocks.
@@ -199,6 +203,119 @@ def rows(name: str) -> Any:
             do("bc_put_int", q.data, place(m, i * 4, token_groups), word[0])
 
         each(ids, T.floordiv(Kp, 4), four)
+        put(total, call("int32", "__reduce_add_sync", T.uint32(0xFFFFFFFF), total[0]))
+        with when(ids.lane == 0):
+            put(sums, total[0], ids.warp)
+        barrier()
+        with when(ids.thread == 0):
+            whole = variable(T.int32(0), "int32")
+            for warp in range(WARPS):
+                put(whole, whole[0] + sums[warp])
+            put(qsum, whole[0], m)
+            put(s, kept, m)
+
+    return device_kernel(name, PARAMETERS, THREADS, body)
+
+
+TURNS = 8
+"""Words of four values that a thread holds in :func:`rows`."""
+PART = THREADS * 16
+"""Values that the block loads at once."""
+LONGEST = THREADS * TURNS * 4
+"""Longest row of :func:`rows`."""
+
+
+def ordered_sum(values: Buffer, start: Expr, count: Expr, lane: Expr) -> Expr:
+    """The sum of squares of a row in shared memory, by one warp; ``count``: multiples of 512.
+
+    Zeros that fill the row up leave the sums as they are.
+    """
+    low, high = (variable(T.float32(0), "float32") for _ in range(2))
+    lows, highs = local(8, "float32"), local(8, "float32")
+    with T.serial(T.floordiv(count, 8 * LANES)) as turn:
+        for j in range(8):
+            at_lane = start + (turn * 8 + j) * LANES + lane
+            put(lows, values[at_lane], j)
+            put(highs, values[at_lane + 32], j)
+        for j in range(8):
+            add_square(low, lows[j])
+            add_square(high, highs[j])
+    return tree(low[0], high[0])
+
+
+def rows(name: str) -> Any:
+    """Rows of at most LONGEST values, a multiple of 4, aligned: a thread keeps its share.
+
+    The arguments are those of :func:`any_rows`. Dynamic shared memory: K rounded up to 512 floats,
+    and PART more with a gate.
+    """
+
+    def body(ids: Ids, x: Buffer, gamma: Buffer, q: Buffer, s: Buffer, qsum: Buffer, K: Expr,
+             Kp: Expr, token_groups: Expr, type: Expr, has_norm: Expr, activation: Expr,
+             eps: Expr) -> None:  # fmt: skip
+        m = ids.block_x
+        most, sums = shared(WARPS, "int32"), shared(WARPS, "int32")
+        norm = shared(1, "float32")
+        row = view(dynamic(), "float32")  # K values, and with a gate PART more
+        held, others = local(4 * TURNS, "float32"), local(16, "float32")
+        words = T.floordiv(K, 4)
+        filled = T.floordiv(K + 511, 512) * 512
+        do("bc_let_next_start")
+        do("bc_wait_for_earlier")
+        for i in range(4 * TURNS):
+            put(held, T.float32(0), i)
+        for half in range(TURNS // 4):
+            first, into = half * PART // 4 + ids.thread, at(held, half * 16)
+            with when(activation < 0):
+                do("bc_load_row4", into, x.data, long(m) * K, first, THREADS, words, type)
+            with when(T.And(activation >= 0, half * PART < K)):
+                start = long(m) * (2 * K)
+                do("bc_load_row4", into, x.data, start, first, THREADS, words, FLOAT)
+                do("bc_load_row4", at(others, 0), x.data, start + K, first, THREADS, words, FLOAT)
+                for turn in range(4):  # through shared memory: registers have no index
+                    word = turn * THREADS + ids.thread
+                    with when(half * PART + word * 4 < filled):
+                        gate_at = at(row, half * PART + word * 4)
+                        do("bc_store_shared4", gate_at, at(held, half * 16 + turn * 4))
+                        do("bc_store_shared4", at(row, filled + word * 4), at(others, turn * 4))
+                with T.serial(16) as i:
+                    own = (T.floordiv(i, 4) * THREADS + ids.thread) * 4 + i % 4
+                    with when(half * PART + own < K):
+                        gate, up = row[half * PART + own], row[filled + own]
+                        put(row, gated(activation, gate, up), half * PART + own)
+                for turn in range(4):
+                    word = turn * THREADS + ids.thread
+                    with when(half * PART + word * 4 < filled):
+                        gate_at = at(row, half * PART + word * 4)
+                        do("bc_load_shared4", at(held, half * 16 + turn * 4), gate_at)
+        with when(has_norm != 0):
+            for turn in range(TURNS):
+                word = turn * THREADS + ids.thread
+                with when(word * 4 < filled):
+                    do("bc_store_shared4", at(row, word * 4), at(held, turn * 4))
+            barrier()
+            with when(ids.warp == 0):
+                total = ordered_sum(row, T.int32(0), filled, ids.lane)
+                put(norm, reciprocal_rms(total, K, eps))
+            barrier()
+            for turn in range(TURNS):
+                word = turn * THREADS + ids.thread
+                with when(word < words):
+                    do("bc_load4", at(others, 0), gamma.data, long(word * 4), FLOAT)
+                    for j in range(4):
+                        put(held, (held[turn * 4 + j] * norm[0]) * others[j], turn * 4 + j)
+        bits = variable(T.int32(0), "int32")
+        for i in range(4 * TURNS):
+            put(bits, T.max(bits[0], magnitude(held[i])))
+        scale, kept = row_scale(block_max(ids, bits[0], most))
+        total = variable(T.int32(0), "int32")
+        for turn in range(TURNS):
+            word = turn * THREADS + ids.thread
+            with when(word < T.floordiv(Kp, 4)):
+                parts = [call("int32", "bc_quantized", held[turn * 4 + j], scale) for j in range(4)]
+                packed = variable(call("int32", "bc_pack", *parts), "int32")
+                put(total, total[0] + call("int32", "bc_sum4", packed[0]))
+                do("bc_put_int", q.data, place(m, word * 4, token_groups), packed[0])
         put(total, call("int32", "__reduce_add_sync", T.uint32(0xFFFFFFFF), total[0]))
         with when(ids.lane == 0):
             put(sums, total[0], ids.warp)
