@@ -12,6 +12,7 @@ between. Else up to 16 tokens come quantised (:mod:`rows`).
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from bitcompile.targets.tir.cuda.device import (
@@ -48,6 +49,7 @@ from bitcompile.targets.tir.cuda.tile import (
 from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, when
 
 WARPS = 16
+"""A power of two: 2**4, as :class:`Share` says."""
 THREADS = 32 * WARPS
 IN_FLIGHT = 8
 """Units of weights a warp has under way: 64 KiB a block."""
@@ -69,32 +71,40 @@ PARAMETERS = [
 
 
 class Share:
-    """The tiles of a block and the units of a warp.
+    """The tiles of a block and the units of a warp, which lie one behind the other.
 
     With pairs, slot i of ``count`` is a gate tile and slot ``count + i`` its up tile, which lies
-    ``tiles`` tiles further on.
+    ``tiles`` tiles further on; half of the warps take the former, half the latter.
     """
 
-    def __init__(self, ids: Ids, tiles: Expr, step: Expr, pairs: Expr, units: Expr) -> None:
+    def __init__(self, ids: Ids, w: Buffer, tiles: Expr, step: Expr, pairs: Expr,
+                 units: Expr) -> None:  # fmt: skip
         self.base = ids.block_x * step
         self.count = T.min(step, tiles - self.base)
-        self.jump = (tiles - self.count) * units
-        self.border = self.count * units
-        total = self.border * pairs
-        run = T.floordiv(total + (WARPS - 1), WARPS)
-        self.begin = ids.warp * run
-        self.end = T.min(self.begin + run, total)
-        self.units = units
+        # The shuffle tells the compiler that a warp agrees on it.
+        warp = variable(
+            call("int32", "__shfl_sync", T.uint32(0xFFFFFFFF), ids.warp, T.int32(0)), "int32"
+        )
+        paired = T.cast(pairs == 2, "int32")
+        shift = 4 - paired  # the warps of a team, as a power of two
+        self.pair = T.shift_right(warp[0], shift)
+        total = self.count * units
+        run = T.shift_right(total + (WARPS - 1 - paired * (WARPS // 2)), shift)
+        self.begin = variable((warp[0] - T.shift_left(self.pair, shift)) * run, "int32")
+        self.left = variable(T.min(run, total - self.begin[0]), "int32")
+        word = long((self.base + self.pair * tiles) * units + self.begin[0]) * UNIT_WORDS
+        self.address = variable(call("uint64", "bc_pointer", at(w, word + ids.lane * 4)), "uint64")
 
-    def word(self, unit: Expr, lane: Expr) -> Expr:
-        """Where a lane's four words of a unit begin."""
-        jump = T.if_then_else(unit >= self.border, self.jump, 0)
-        return long(self.base * self.units + unit + jump) * UNIT_WORDS + lane * 4
+    def place(self, units: Expr) -> tuple[Buffer, Buffer]:
+        """Slot and column of the next unit; divisions, so not before the loads."""
+        slot = self.pair * self.count + T.floordiv(self.begin[0], units)
+        return variable(slot, "int32"), variable(self.begin[0] % units, "int32")
 
-
-def _prefetch(ids: Ids, share: Share, w: Buffer, held: Buffer, unit: Expr, place: int) -> None:
-    with when(unit < share.end):
-        do("bc_load_weights", at(held, place * 4), at(w, share.word(unit, ids.lane)))
+    def load(self, held: Buffer, ahead: int, place: int) -> None:
+        """Start loading a lane's four words of the unit ``ahead`` of the next, if there is one."""
+        address = self.address[0] + T.uint64(ahead * UNIT_WORDS * 4)
+        wanted = T.cast(self.left[0] > ahead, "int32")
+        do("bc_load_unit", at(held, place * 4), address, wanted)
 
 
 def _fragment(word: Expr) -> Expr:
@@ -226,7 +236,7 @@ def decode(name: str, tokens: int, fused: bool = False) -> Any:
         memory = dynamic()
         room, values = view(memory, "int32"), view(memory, "float32")
         held = local(IN_FLIGHT * 4, "uint32")
-        share = Share(ids, tiles, step, pairs, units)
+        share = Share(ids, w, tiles, step, pairs, units)
         words = units * STEP_WORDS
         stride = words + ROW_PAD
         rows, slots = share.count * TILE_ROWS, step * pairs * TILE_ROWS
@@ -234,14 +244,15 @@ def decode(name: str, tokens: int, fused: bool = False) -> Any:
         scales = sums + slots * tokens  # and the weights' scales: [slots]
         do("bc_let_next_start")
         for i in range(IN_FLIGHT):
-            _prefetch(ids, share, w, held, share.begin + i, i)
+            share.load(held, i, i)
+        (slot, column), left = share.place(units), share.left
         with T.serial(T.floordiv(slots * tokens + (THREADS - 1), THREADS)) as turn:
             i = turn * THREADS + ids.thread
             with when(i < slots * tokens):
                 put(room, T.int32(0), sums + i)
         with when(ids.thread < slots):
-            pair = T.floordiv(ids.thread, rows)
-            n = share.base * TILE_ROWS + ids.thread % rows
+            pair = T.cast(ids.thread >= rows, "int32")
+            n = share.base * TILE_ROWS + ids.thread - pair * rows
             with when(T.And(n < N, pair < pairs)):
                 do("bc_copy_async4", at(values, scales + ids.thread), at(w_scale, pair * N + n))
         if fused:
@@ -250,11 +261,11 @@ def decode(name: str, tokens: int, fused: bool = False) -> Any:
             with when(has_norm != 0):
                 _bring_gamma(ids, gamma, values, x_at + row_words * 4, K, words)
         do("bc_wait_for_earlier")
-        old = variable(T.float32(0), "float32")
+        old = variable(T.uint32(0), "uint32")
         mine = share.base * TILE_ROWS + ids.thread
         if one:  # a thread stores its own row
             with when(T.And(has_residual != 0, T.And(ids.thread < rows, mine < N))):
-                put(old, read("float32", "bc_load", residual.data, long(mine), type_y))
+                put(old, read("uint32", "bc_load_bits", residual.data, long(mine), type_y))
         if fused:
             scale, total = _quantise_row(ids, x, gamma, room, values, 0, x_at, x_at + row_words * 4,
                                          K, words, row_words, type_x, has_norm, eps)  # fmt: skip
@@ -263,53 +274,68 @@ def decode(name: str, tokens: int, fused: bool = False) -> Any:
             do("bc_copy_wait")
             barrier()
 
-        acc = local(4 * groups, "int32")
+        low, high = local(4 * groups, "int32"), local(4 * groups, "int32")
         b = local(8 * groups, "int32")
-        slot = variable(T.floordiv(share.begin, units), "int32")
-        column = variable(share.begin % units, "int32")
-        for i in range(4 * groups):
-            put(acc, T.int32(0), i)
         g, c = T.floordiv(ids.lane, 4), ids.lane % 4
 
-        def add_up() -> None:
-            row = sums + (slot[0] * TILE_ROWS + g) * tokens
-            if one:
-                with when(c == 0):
-                    do("bc_add_shared", at(room, row), acc[0])
-                    do("bc_add_shared", at(room, row + 8), acc[2])
-            else:
-                for group in range(groups):
-                    for e in range(4):
-                        to = row + e // 2 * 8 * tokens + group * TOKENS + c * 2 + e % 2
-                        do("bc_add_shared", at(room, to), acc[group * 4 + e])
+        def clear() -> None:
             for i in range(4 * groups):
-                put(acc, T.int32(0), i)
+                put(low, T.int32(0), i)
+                put(high, T.int32(0), i)
 
-        with T.serial(T.floordiv(share.end - share.begin + (IN_FLIGHT - 1), IN_FLIGHT)) as turn:
+        def add_up() -> None:
+            """Add the tile's sums to the block's; the codes' places divide them without rest."""
+            row = sums + (slot[0] * TILE_ROWS + g) * tokens
+            for group, e in itertools.product(range(groups), range(4)):
+                half = e // 2
+                value = T.shift_right(low[group * 4 + e], 2 * half)
+                value += T.shift_right(high[group * 4 + e], 4 + 2 * half)
+                if one and e % 2 == 0:  # every column holds the one token
+                    with when(c == 0):
+                        do("bc_add_shared", at(room, row + 8 * half), value)
+                if not one:
+                    to = row + half * 8 * tokens + group * TOKENS + c * 2 + e % 2
+                    do("bc_add_shared", at(room, to), value)
+            clear()
+
+        clear()
+        operands = [
+            variable(
+                call("uint32", "bc_shared", at(room, token + column[0] * STEP_WORDS + c * 8)),
+                "uint32",
+            )
+            for token in ([0] if one else [(g + n * TOKENS) * stride for n in range(groups)])
+        ]
+        started = variable(T.cast(left[0] > 0, "int32"), "int32")
+        # The text asks for the bound again in every turn, so it must not change.
+        turns = variable(T.floordiv(left[0] + (IN_FLIGHT - 1), IN_FLIGHT), "int32")
+        with T.serial(turns[0]):
             for i in range(IN_FLIGHT):
-                unit = share.begin + turn * IN_FLIGHT + i
-                with when(unit < share.end):
+                with when(left[0] > i):
                     for group in range(groups):
-                        token = 0 if one else (g + group * TOKENS) * stride
-                        start = token + column[0] * STEP_WORDS + c * 8
-                        do("bc_load_shared8", at(b, group * 8), at(room, start))
-                    for t in range(4):
-                        for group in range(groups):
-                            operands = (b[group * 8 + 2 * t], b[group * 8 + 2 * t + 1])
-                            do("bc_mma", at(acc, group * 4), held[i * 4 + t], *operands)
-                    _prefetch(ids, share, w, held, unit + IN_FLIGHT, i)
+                        do("bc_load_shared8", at(b, group * 8), operands[group][0])
+                        put(operands[group], operands[group][0] + T.uint32(STEP_WORDS * 4))
+                    for t, group in itertools.product(range(4), range(groups)):
+                        to = at(low, group * 4), at(high, group * 4)
+                        pair = b[group * 8 + 2 * t], b[group * 8 + 2 * t + 1]
+                        do("bc_mma_scaled", *to, held[i * 4 + t], *pair)
+                    share.load(held, i + IN_FLIGHT, i)
                     put(column, column[0] + 1)
                     with when(column[0] == units):
                         add_up()
                         put(column, T.int32(0))
                         put(slot, slot[0] + 1)
-        with when(T.And(share.begin < share.end, column[0] > 0)):
+                        for operand in operands:
+                            put(operand, operand[0] - T.cast(units * (STEP_WORDS * 4), "uint32"))
+            put(left, left[0] - IN_FLIGHT)
+            put(share.address, share.address[0] + T.uint64(IN_FLIGHT * UNIT_WORDS * 4))
+        with when(T.And(started[0] != 0, column[0] > 0)):
             add_up()
         barrier()
 
         with T.serial(T.floordiv(rows * M + (THREADS - 1), THREADS)) as turn:
             i = turn * THREADS + ids.thread
-            m, r = T.floordiv(i, rows), i % rows
+            m, r = (T.int32(0), i) if one else (T.floordiv(i, rows), i % rows)
             n = share.base * TILE_ROWS + r
             with when(T.And(i < rows * M, n < N)):
                 if fused:
@@ -331,8 +357,8 @@ def decode(name: str, tokens: int, fused: bool = False) -> Any:
                 with when(has_residual != 0):
                     if not one:
                         to = long(m) * N + n
-                        put(old, read("float32", "bc_load", residual.data, to, type_y))
-                    put(result, result[0] + old[0])
+                        put(old, read("uint32", "bc_load_bits", residual.data, to, type_y))
+                    put(result, result[0] + call("float32", "bc_from_bits", old[0], type_y))
                 do("bc_store", y.data, long(m) * N + n, result[0], type_y)
 
     return device_kernel(name, PARAMETERS, THREADS, body)

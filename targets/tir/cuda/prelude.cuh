@@ -49,6 +49,20 @@ BC_INLINE float bc_load(const void* p, int64_t i, int type) {
   asm volatile("ld.global.u16 %0, [%1];" : "=h"(h) : "l"((const uint16_t*)p + i) : "memory");
   return bc_widen(h, type);
 }
+/* An element as its bits: what does not convert does not wait. */
+BC_INLINE uint bc_load_bits(const void* p, int64_t i, int type) {
+  uint v;
+  uint16_t h;
+  if (type == 1) {
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"((const float*)p + i) : "memory");
+    return v;
+  }
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(h) : "l"((const uint16_t*)p + i) : "memory");
+  return h;
+}
+BC_INLINE float bc_from_bits(uint v, int type) {
+  return type == 1 ? __uint_as_float(v) : bc_widen((uint16_t)v, type);
+}
 /* Four elements from an index that is a multiple of 4, of an array that 16 bytes align. */
 BC_INLINE void bc_load4(float* out, const void* p, int64_t i, int type) {
   if (type == 1) {
@@ -149,9 +163,13 @@ BC_INLINE void bc_load_int4(int* out, const void* p, int64_t byte) {
 BC_INLINE void bc_add_shared(int* p, int v) { atomicAdd(p, v); }
 BC_INLINE void bc_load_shared4(float* out, const float* p) { *(float4*)out = *(const float4*)p; }
 BC_INLINE void bc_store_shared4(float* p, const float* v) { *(float4*)p = *(const float4*)v; }
-BC_INLINE void bc_load_shared8(int* out, const int* p) {
-  *(int4*)out = *(const int4*)p;
-  *(int4*)(out + 4) = *(const int4*)(p + 4);
+BC_INLINE uint bc_shared(const void* p) { return (uint)__cvta_generic_to_shared(p); }
+BC_INLINE void bc_load_shared8(int* out, uint address) {
+  asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(address) : "memory");
+  asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[4]), "=r"(out[5]), "=r"(out[6]), "=r"(out[7])
+               : "r"(address + 16) : "memory");
 }
 
 /* ---- constants: may be read before the wait -------------------------------------------------- */
@@ -160,6 +178,16 @@ BC_INLINE void bc_load_weights(uint* out, const uint* p) {
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "l"(p) : "memory");
+}
+
+BC_INLINE uint64_t bc_pointer(const void* p) { return (uint64_t)__cvta_generic_to_global(p); }
+/* The same from an address, if `wanted`: no branch, so that the compiler has nowhere to wait. */
+BC_INLINE void bc_load_unit(uint* out, uint64_t address, int wanted) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+      : "l"(address), "r"(wanted) : "memory");
 }
 
 /* ---- arithmetic ------------------------------------------------------------------------------ */
@@ -203,7 +231,20 @@ BC_INLINE void bc_mma(int* d, uint w, int b0, int b1) {
       : "r"(w & 0x03030303u), "r"(w >> 2 & 0x03030303u), "r"(w >> 4 & 0x03030303u),
         "r"(w >> 6 & 0x03030303u), "r"(b0), "r"(b1));
 }
-BC_INLINE uint bc_shared(const void* p) { return (uint)__cvta_generic_to_shared(p); }
+/* The same without shifts: low += w q[0..15], high += w q[16..31], where rows 8 to 15 of low, and
+ * rows of high, count 4, 16 and 64 times. */
+BC_INLINE void bc_mma_scaled(int* low, int* high, uint w, int b0, int b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(low[0]), "+r"(low[1]), "+r"(low[2]), "+r"(low[3])
+      : "r"(w & 0x03030303u), "r"(w & 0x0c0c0c0cu), "r"(b0));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(high[0]), "+r"(high[1]), "+r"(high[2]), "+r"(high[3])
+      : "r"(w & 0x30303030u), "r"(w & 0xc0c0c0c0u), "r"(b1));
+}
 BC_INLINE void bc_load_matrix4(int* r, const void* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(bc_shared(p)) : "memory");
