@@ -21,9 +21,9 @@ class AttachFunctions(Pass):
 
     With the plugin, ONNX Runtime runs the kernel; without it, the function. Attributes that a
     node left to their default are written out, as a body reads them. Bodies compute in float32; in
-    a model with narrower activations they convert what they take and give. Raises InputError when two
-    nodes of one operator differ in an attribute that shapes the body (one file holds one body of
-    each name), or an operator is unknown.
+    a model with narrower activations they convert what they take and give. Raises InputError when
+    two nodes of one operator differ in an attribute that shapes the body (one file holds one body
+    of each name), or an operator is unknown.
     """
 
     name: ClassVar[str] = "attach-functions"

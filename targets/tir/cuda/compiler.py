@@ -96,6 +96,8 @@ def _nvrtc() -> ctypes.CDLL:
     path = _nvrtc_path()
     if path is None:
         raise ToolchainError(MISSING)
+    for part in sorted(path.parent.glob("libnvrtc-builtins.so*")):
+        ctypes.CDLL(str(part))  # NVRTC asks for it by name alone
     return ctypes.CDLL(str(path))
 
 

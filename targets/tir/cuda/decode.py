@@ -6,8 +6,8 @@ before: with programmatic dependent launch the weights are on their way while th
 tensor cores multiply and sums of a tile meet in shared memory, where integers may be added in any
 order.
 
-Fused, for one token: the block norms and quantises the row by itself, which costs less than a kernel
-between. Else up to 16 tokens come quantised (:mod:`rows`).
+Fused, for one token: the block norms and quantises the row by itself, which costs less than a
+kernel between. Else up to 16 tokens come quantised (:mod:`rows`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from bitcompile.targets.tir.cuda.device import (
     put,
     read,
     shared,
-    shuffle_xor,
     variable,
     view,
 )
@@ -194,9 +193,8 @@ def _quantise_row(ids: Ids, x: Buffer, gamma: Buffer, room: Buffer, values: Buff
     with when(ids.lane == 0):
         put(sums, total[0], ids.warp)
     barrier()
-    put(total, T.int32(0))
-    for warp in range(WARPS):
-        put(total, total[0] + sums[warp])
+    put(total, T.if_then_else(ids.lane < WARPS, sums[ids.lane % WARPS], 0))
+    put(total, call("int32", "__reduce_add_sync", T.uint32(0xFFFFFFFF), total[0]))
     return kept, total[0]
 
 
@@ -222,8 +220,8 @@ def decode(name: str, tokens: int, fused: bool = False) -> Any:
     """``y = scaled(W q)`` for one row ``x`` (fused) or up to ``tokens`` quantised ones.
 
     ``W``: units ``[tiles, units]``; ``y`` ``[M, N]`` of ``type_y``, plus bias ``[N]`` and residual
-    like y. With ``pairs`` 2, rows n and N + n of W give ``act(gate) * up``. Grid: blocks of ``step``
-    tiles. Dynamic shared memory: ``decode_bytes`` in ``cuda.c``.
+    like y. With ``pairs`` 2, rows n and N + n of W give ``act(gate) * up``. Grid: blocks of
+    ``step`` tiles. Dynamic shared memory: ``decode_shared`` in ``cuda_launch.c``.
     """
     one = tokens == 1
     groups = max(1, tokens // TOKENS)

@@ -1,8 +1,8 @@
 """Products with many tokens on tensor cores: 128 weight rows by a tile of tokens a block.
 
-Two schedules read the same weights and activations. ``gemm``: ``mma.sync`` (sm_80 and later), tokens
-by asynchronous copies, weights from registers. ``wgmma`` (sm_90a): a warp copies tokens in bulk,
-two warpgroups hold weights in registers and multiply from shared memory.
+Two schedules read the same weights and activations. ``gemm``: ``mma.sync`` (sm_80 and later),
+tokens by asynchronous copies, weights from registers. ``wgmma`` (sm_90a): tokens by bulk copies; two
+warpgroups hold weights in registers and multiply with tokens in shared memory.
 """
 
 from __future__ import annotations

@@ -84,41 +84,28 @@ BC_INLINE void bc_load_row4(float* out, const void* p, int64_t base, int first, 
                             int type) {
   float4 wide[4];
   uint2 narrow[4];
-  if (words < 1) {
 #pragma unroll
-    for (int i = 0; i < 16; i++) out[i] = 0;
-    return;
-  }
-  if (type == 1) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float* at = (const float*)p + base + 4 * min(first + i * stride, words - 1);
+  for (int i = 0; i < 4; i++) {
+    wide[i] = make_float4(0, 0, 0, 0);
+    narrow[i] = make_uint2(0, 0);
+    if (first + i * stride >= words) continue;
+    if (type == 1)
       asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
                    : "=f"(wide[i].x), "=f"(wide[i].y), "=f"(wide[i].z), "=f"(wide[i].w)
-                   : "l"(at) : "memory");
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const uint16_t* at = (const uint16_t*)p + base + 4 * min(first + i * stride, words - 1);
+                   : "l"((const float*)p + base + 4 * (first + i * stride)) : "memory");
+    else
       asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
-                   : "=r"(narrow[i].x), "=r"(narrow[i].y) : "l"(at) : "memory");
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      wide[i].x = bc_widen((uint16_t)narrow[i].x, type);
-      wide[i].y = bc_widen((uint16_t)(narrow[i].x >> 16), type);
-      wide[i].z = bc_widen((uint16_t)narrow[i].y, type);
-      wide[i].w = bc_widen((uint16_t)(narrow[i].y >> 16), type);
-    }
+                   : "=r"(narrow[i].x), "=r"(narrow[i].y)
+                   : "l"((const uint16_t*)p + base + 4 * (first + i * stride)) : "memory");
   }
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    bool inside = first + i * stride < words;
-    out[4 * i] = inside ? wide[i].x : 0;
-    out[4 * i + 1] = inside ? wide[i].y : 0;
-    out[4 * i + 2] = inside ? wide[i].z : 0;
-    out[4 * i + 3] = inside ? wide[i].w : 0;
+    if (type != 1)
+      wide[i] = make_float4(bc_widen((uint16_t)narrow[i].x, type),
+                            bc_widen((uint16_t)(narrow[i].x >> 16), type),
+                            bc_widen((uint16_t)narrow[i].y, type),
+                            bc_widen((uint16_t)(narrow[i].y >> 16), type));
+    *(float4*)(out + 4 * i) = wide[i];
   }
 }
 BC_INLINE uint16_t bc_narrow(float v, int type) {

@@ -27,7 +27,7 @@ from bitcompile.targets.tir.cuda.device import (
     view,
 )
 from bitcompile.targets.tir.cuda.tile import TOKEN_UNIT, TOKENS, UNIT_COLUMNS
-from bitcompile.targets.tir.dsl import Buffer, Expr, T, load, local, store, when
+from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, when
 from bitcompile.targets.tir.gates import GATES
 
 THREADS = 256
@@ -81,7 +81,8 @@ def row_scale(bits: Expr) -> tuple[Expr, Expr]:
     floor = numerics.AMAX_FLOOR.view("int32").item()
     amax = call("float32", "__int_as_float", T.max(bits, T.int32(floor)))
     scale = call("float32", "__fdiv_rn", T.float32(1), amax) * T.float32(127)
-    used, kept = variable(scale, "float32"), variable(scale, "float32")
+    used = variable(scale, "float32")
+    kept = variable(used[0], "float32")
     with when(bits >= INF_BITS):
         put(used, T.float32(0))
         put(kept, call("float32", "__int_as_float", T.int32(NAN_BITS)))
