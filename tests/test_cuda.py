@@ -1,4 +1,4 @@
-"""The CUDA target as far as a machine without a GPU can tell; ``tests/gpu`` is for one that has it."""
+"""The CUDA target without a GPU; ``tests/gpu`` is for a machine that has one."""
 
 from __future__ import annotations
 

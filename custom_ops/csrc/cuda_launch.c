@@ -15,6 +15,7 @@ enum {
   GEMM_TOKENS = 128,
   MOST_TOKENS = 256, /* of any tile: activations are padded to it */
   ALIGN = 256,
+  BLOCK_UNITS = 6 * BC_DECODE_WARPS,
   MOST_STEP = 8, /* a thread of the block stores one row */
   MIN_MAJOR = 8,
 };
@@ -170,15 +171,16 @@ static int32_t least(int64_t a, int64_t b) { return (int32_t)(a < b ? a : b); }
 static int32_t units_of(const bc_linear *job) { return (int32_t)ceil_div(job->K, UNIT_COLUMNS); }
 static int32_t pairs_of(const bc_linear *job) { return job->gate_out >= 0 ? 2 : 1; }
 
-/* Row tiles of a decode block. Where kernels overlap, two blocks for five multiprocessors: the next
- * kernel's blocks load their weights on the others meanwhile (measured on an H100). Else one for
- * each. */
+/* Row tiles of a decode block. Where kernels overlap, some six units a warp, but no more than two
+ * blocks for five multiprocessors need: the next kernel's blocks load their weights beside them
+ * (measured on an H100). Else a block for each multiprocessor. */
 static int32_t step_of(const bc_gpu *gpu, const bc_linear *job) {
   if (job->step) return job->step;
   int64_t tiles = ceil_div(job->N, TILE_ROWS), most = MOST_STEP / pairs_of(job);
-  int64_t step = ceil_div(tiles, gpu->processors);
-  if (job->early && gpu->major >= 9) step = ceil_div(5 * tiles, 2 * gpu->processors);
-  return least(step, most);
+  if (!job->early || gpu->major < 9) return least(ceil_div(tiles, gpu->processors), most);
+  int64_t fits = BLOCK_UNITS / ((int64_t)units_of(job) * pairs_of(job));
+  int32_t step = least(least(ceil_div(5 * tiles, 2 * gpu->processors), fits), most);
+  return step < 1 ? 1 : step;
 }
 
 enum { FUSED = -1 };

@@ -161,14 +161,11 @@ def link(
     flags: Sequence[str] = (),
 ) -> None:
     """Compile the C glue and link everything into a shared library for ``triple``."""
-    zig(
-        ["cc", "-target", triple, "-std=c11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
-        + ["-Wall", "-Wextra", "-Werror", "-fno-sanitize=all", "-s", f"-I{CSRC}"]
-        + [f"-Wl,--version-script={CSRC / 'plugin.map'}", "-Wl,-z,now"]
-        + [f"-Wl,-soname,{out.name}"]
-        + [*flags, *(str(path) for path in (*sources, *objects))]
-        + ["-o", str(out)]
-    )
+    options = ["-std=c11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-sanitize=all"]
+    options += ["-Wall", "-Wextra", "-Werror", "-s", f"-I{CSRC}", "-Wl,-z,now"]
+    options += [f"-Wl,--version-script={CSRC / 'plugin.map'}", f"-Wl,-soname,{out.name}", *flags]
+    inputs = [str(path) for path in (*sources, *objects)]
+    zig(["cc", "-target", triple, *options, *inputs, "-o", str(out)])
 
 
 def build_plugin(

@@ -36,21 +36,9 @@ def carry(folder: Path, arch: str | None = None) -> None:
     build.mkdir(exist_ok=True)
     images = [image for image in IMAGES if arch in (None, image.arch)]
     sources = write_sources(build.absolute(), device_code(images))
-    zig(
-        [
-            "cc",
-            "-target",
-            TRIPLE,
-            "-std=c11",
-            "-O2",
-            "-fPIC",
-            "-shared",
-            "-fno-sanitize=all",
-            "-ldl",
-        ]
-        + [f"-I{CSRC}", f"-I{build}", *map(str, sources), str(CSRC / "cuda_launch.c")]
-        + ["-o", str(folder / LIBRARY)]
-    )
+    options = ["-std=c11", "-O2", "-fPIC", "-shared", "-fno-sanitize=all", "-ldl"]
+    inputs = [f"-I{CSRC}", f"-I{build}", *map(str, sources), str(CSRC / "cuda_launch.c")]
+    zig(["cc", "-target", TRIPLE, *options, *inputs, "-o", str(folder / LIBRARY)])
     shutil.rmtree(build)
 
 

@@ -211,7 +211,8 @@ def products(seed: int, quick: bool) -> Iterator[Callable[[Launcher], None]]:
 def check(launcher: Launcher, seed: int, quick: bool = False) -> int:
     """The number of products compared; raises AssertionError with every difference."""
     count, wrong = 0, []
-    for count, product in enumerate(products(seed, quick), 1):
+    for product in products(seed, quick):
+        count += 1
         try:
             product(launcher)
         except AssertionError as error:

@@ -1,4 +1,4 @@
-"""The plugin's launch functions (``custom_ops/csrc/cuda_launch.h``) from Python, on torch's memory."""
+"""The plugin's launch functions (``cuda_launch.h``) from Python, on torch's memory."""
 
 from __future__ import annotations
 

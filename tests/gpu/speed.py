@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -169,8 +170,8 @@ def decode_table(launcher: Launcher) -> None:
         times = [floor, product, early, op, op_early]
         cells = [f"{t * 1e6:.2f}" for t in times]
         cells += [f"{floor / product:.2f}", f"{N * K / 4 / op_early / 1e9:.0f}"]
-        cells += [f"{attempt(lambda N=N, K=K: f(N, K)) * 1e6:.2f}"
-                  for f in (triton_w2a8, lambda N, K: cublas_bf16(N, K, 1))]  # fmt: skip
+        others = attempt(partial(triton_w2a8, N, K)), attempt(partial(cublas_bf16, N, K, 1))
+        cells += [f"{t * 1e6:.2f}" for t in others]
         print(f"{N}x{K}".ljust(13) + "".join(cell.rjust(15) for cell in cells))
 
 

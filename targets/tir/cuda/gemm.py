@@ -1,8 +1,8 @@
 """Products with many tokens on tensor cores: 128 weight rows by a tile of tokens a block.
 
 Two schedules read the same weights and activations. ``gemm``: ``mma.sync`` (sm_80 and later),
-tokens by asynchronous copies, weights from registers. ``wgmma`` (sm_90a): tokens by bulk copies; two
-warpgroups hold weights in registers and multiply with tokens in shared memory.
+tokens by asynchronous copies, weights from registers. ``wgmma`` (sm_90a): tokens by bulk copies;
+two warpgroups hold weights in registers and multiply with tokens in shared memory.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ HOPPER_STAGES = {64: 6, 128: 5, 256: 5}
 
 
 def wgmma_source(tokens: int) -> str:
-    """``bc_wgmma_N``: 64 rows by ``tokens`` tokens by 128 columns, started; ``..._wait`` ends it."""
+    """``bc_wgmma_N``: 64 rows by ``tokens`` tokens by 128 columns; ``..._wait`` ends it."""
     n = tokens // 2
     results = ", ".join(f'"+r"(d[{i}])' for i in range(n))
     names = ", ".join(f"%{i}" for i in range(n))

@@ -1,4 +1,4 @@
-"""Reading memory and nothing else: the bound that every product with few tokens is compared with."""
+"""Reading memory and nothing else: the bound for every product with few tokens."""
 
 from __future__ import annotations
 
