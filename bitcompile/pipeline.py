@@ -72,10 +72,16 @@ class BuildOptions:
         if self.context is not None and self.context < 1:
             raise UsageError(f"context must be 1 or more, not {self.context}")
 
-    def resolved(self, checkpoint: bool, target_head: str = "q8") -> BuildOptions:
+    def resolved(self, checkpoint: bool, target: Target) -> BuildOptions:
         """With every choice made: checkpoints are made smaller, other graphs keep their meaning."""
-        defaults = (target_head, "last") if checkpoint else ("float", "all")
-        return replace(self, head=self.head or defaults[0], logits=self.logits or defaults[1])
+        defaults = (target.heads[0], "last") if checkpoint else ("float", "all")
+        head = self.head or defaults[0]
+        if head not in target.heads:
+            raise UsageError(
+                f"target {target.name} has no kernels for head {head}; "
+                f"choose one of {', '.join(target.heads)}"
+            )
+        return replace(self, head=head, logits=self.logits or defaults[1])
 
     def recorded(self) -> dict[str, Any]:
         """What the manifest keeps: the choices that shape the artifact."""
@@ -134,6 +140,7 @@ def run(
     from bitcompile.lower import lower
     from bitcompile.passes import finishing, pipeline
 
+    options = options.resolved(frontends.is_checkpoint(model), target)
     imported = frontends.load(
         model,
         options.context,
@@ -141,7 +148,6 @@ def run(
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,
     )
-    options = options.resolved(frontends.is_checkpoint(model), target.head)
     graph = imported.graph
     progress("rewriting the graph")
     steps = pipeline(passing.Options(str(options.head), str(options.logits)))

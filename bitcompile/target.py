@@ -46,7 +46,7 @@ class Target:
     """None if this machine can build it, else what is missing and how to get it."""
     activations: str = "float32"
     """Element type between operators: ``float32``, or ``float16`` where attention needs it."""
-    head: str = "q8"
-    """Embedding and head table of a checkpoint unless asked otherwise."""
+    heads: tuple[str, ...] = ("q8", "q4", "float")
+    """Embedding and head tables it has kernels for, a checkpoint's default first."""
     grouped: bool = True
     """Whether there are kernels for weights with a scale per group of columns."""

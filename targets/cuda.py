@@ -48,6 +48,6 @@ CUDA = Target(
     can_run_here=_can_run_here,
     can_build_here=_can_build_here,
     activations="float16",
-    head="float",
+    heads=("float",),
     grouped=False,
 )

@@ -175,6 +175,13 @@ def test_group_scaled_weights_are_refused_in_one_line() -> None:
         lower.lower(model, TARGETS["cuda"])
 
 
+def test_a_quantised_head_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    cuda_compiler()
+    with pytest.raises(UsageError, match="no kernels for head q8; choose one of float"):
+        bitcompile.build(MODEL, "cuda", out=tmp_path / "out", head="q8")
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_compiler_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     from bitcompile.targets.tir.cuda import compiler
 
