@@ -168,7 +168,7 @@ def run(
             inspection=inspection.inspect_graph(lowered.graph),
             progress=progress,
         )
-        if options.verify and target.can_run_here() is None:
+        if options.verify and target.verified and target.can_run_here() is None:
             made.with_verification(verification.verify(made, progress).to_dict())
     return Artifact.open(out)
 

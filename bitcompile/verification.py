@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from bitcompile import runtime
 from bitcompile.artifact import MANIFEST, Artifact, Progress, silent
+from bitcompile.companions import PROVIDERS
 from bitcompile.custom_ops import OPS
 from bitcompile.errors import BitcompileError, InputError, ToolchainError, VerificationError
 from bitcompile.numerics import F32
@@ -100,6 +101,12 @@ def verify(
     or cannot run here.
     """
     start = time.monotonic()
+    device = str(artifact.manifest["target"]["device"])
+    if plugin and device in PROVIDERS:
+        raise ToolchainError(
+            f"the plugin for {device} is verified by tests/gpu of the source; "
+            f"here only its functions: bitcompile verify --fallback {artifact.path}"
+        )
     artifact.check_hashes(progress)
     model = _open(artifact)
     progress("checking constants")

@@ -36,8 +36,8 @@ class NarrowActivations(Pass):
         """See the class."""
         graph = model.graph
         count = 0
-        for value in graph.inputs:
-            count += _narrow_type(value)
+        for entry in graph.inputs:
+            count += _narrow_type(entry)
         narrowed: dict[ir.Value, ir.Value] = {}
         for node in tuple(graph):
             _refuse(node)
@@ -51,8 +51,8 @@ class NarrowActivations(Pass):
             if node.op_type in SCALED:
                 count += _cast_after(graph, node)
                 continue
-            for value in node.outputs:
-                count += _narrow_type(value)
+            for result in node.outputs:
+                count += _narrow_type(result)
         return Record(self.name, count)
 
 

@@ -49,5 +49,6 @@ CUDA = Target(
     can_build_here=_can_build_here,
     activations="float16",
     heads=("float",),
+    verified=False,
     grouped=False,
 )

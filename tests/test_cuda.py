@@ -20,9 +20,9 @@ from bitcompile.errors import ToolchainError, UsageError
 from bitcompile.packing import CUDA_TILE, PackedTernary
 from bitcompile.passes import pipeline
 from bitcompile.targets import TARGETS
-from bitcompile.verification import empty_caches, step
+from bitcompile.verification import empty_caches, step, verify
 from tests.graphs import Decoder, decoder
-from tests.tools import cuda_compiler, program
+from tests.tools import cuda_compiler
 
 MODEL = Path(__file__).parents[1] / "examples" / "docs-bitnet-25m"
 FAKE = Path(__file__).with_name("fake_cuda.c")
@@ -144,12 +144,19 @@ def test_without_the_plugin_it_runs_on_a_cpu(artifact: Artifact, tmp_path: Path)
     assert tokens == expected[:8]
 
 
+def test_its_functions_are_verified_and_its_plugin_is_not(artifact: Artifact) -> None:
+    report = verify(artifact, plugin=False)
+    assert all(node.exact for node in report.nodes)
+    with pytest.raises(ToolchainError, match="bitcompile verify --fallback"):
+        verify(artifact)
+
+
 def test_types_follow_the_activations(artifact: Artifact, tmp_path: Path) -> None:
     """A stand-in for the driver lets the plugin register: the graph's types must then fit, and
     only kernels be missing, as this onnxruntime has no CUDA provider."""
-    compiler = program("cc")
     library = tmp_path / "libcuda.so.1"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, FAKE], check=True)
+    zig = [sys.executable, "-m", "ziglang", "cc", "-shared", "-fPIC"]
+    subprocess.run([*zig, "-o", library, FAKE], check=True)
     script = (
         "import onnxruntime, sys\n"
         "options = onnxruntime.SessionOptions(); options.log_severity_level = 4\n"

@@ -33,9 +33,10 @@ static BcStatus *allocate(const Kernel *k, BcContext *context, int64_t bytes, Ru
   run->scratch = run->allocator->Alloc(run->allocator, (size_t)bytes);
   if (run->scratch) return NULL;
   ort_ReleaseAllocator(k->api)(run->allocator);
-  return bc_fail(k->api, BC_FAIL,
-                 "bitcompile::%s: out of GPU memory for %lld bytes of scratch; use shorter sequences",
-                 k->spec->name, (long long)bytes);
+  return bc_fail(
+      k->api, BC_FAIL,
+      "bitcompile::%s: out of GPU memory for %lld bytes of scratch; use shorter sequences",
+      k->spec->name, (long long)bytes);
 }
 
 static BcStatus *finish(const Kernel *k, Run *run, int result) {
@@ -44,8 +45,7 @@ static BcStatus *finish(const Kernel *k, Run *run, int result) {
     ort_ReleaseAllocator(k->api)(run->allocator);
   }
   if (!result) return NULL;
-  return bc_fail(k->api, BC_FAIL, "bitcompile::%s: CUDA: %s", k->spec->name,
-                 bc_cuda_error(result));
+  return bc_fail(k->api, BC_FAIL, "bitcompile::%s: CUDA: %s", k->spec->name, bc_cuda_error(result));
 }
 
 static int64_t bytes_of(const Kernel *k) { return k->type == BC_FLOAT ? 4 : 2; }

@@ -36,25 +36,26 @@ typedef struct Config { /* CUlaunchConfig */
   unsigned attribute_count;
 } Config;
 enum { /* CUdevice_attribute, CUfunction_attribute, CUlaunchAttributeID */
-  PROCESSORS = 16,
-  MAJOR = 75,
-  MINOR = 76,
-  SHARED_LIMIT = 97,
-  STATIC_SHARED = 1,
-  DYNAMIC_SHARED = 8,
-  OVERLAP = 6,
+       PROCESSORS = 16,
+       MAJOR = 75,
+       MINOR = 76,
+       SHARED_LIMIT = 97,
+       STATIC_SHARED = 1,
+       DYNAMIC_SHARED = 8,
+       OVERLAP = 6,
 };
 
-#define DRIVER(X)                                                                      \
-  X(cuInit, (unsigned))                                                                \
-  X(cuDeviceGetCount, (int *))                                                         \
-  X(cuDeviceGetAttribute, (int *, int, int))                                           \
-  X(cuCtxGetDevice, (int *))                                                           \
-  X(cuLibraryLoadData, (void **, const void *, void *, void *, unsigned, void *, void *, unsigned)) \
-  X(cuLibraryGetKernel, (void **, void *, const char *))                               \
-  X(cuKernelGetAttribute, (int *, int, void *, int))                                   \
-  X(cuKernelSetAttribute, (int, int, void *, int))                                     \
-  X(cuLaunchKernelEx, (const Config *, void *, void **, void **))                      \
+#define DRIVER(X)                                                                \
+  X(cuInit, (unsigned))                                                          \
+  X(cuDeviceGetCount, (int *))                                                   \
+  X(cuDeviceGetAttribute, (int *, int, int))                                     \
+  X(cuCtxGetDevice, (int *))                                                     \
+  X(cuLibraryLoadData,                                                           \
+    (void **, const void *, void *, void *, unsigned, void *, void *, unsigned)) \
+  X(cuLibraryGetKernel, (void **, void *, const char *))                         \
+  X(cuKernelGetAttribute, (int *, int, void *, int))                             \
+  X(cuKernelSetAttribute, (int, int, void *, int))                               \
+  X(cuLaunchKernelEx, (const Config *, void *, void **, void **))                \
   X(cuGetErrorString, (int, const char **))
 #define FIELD(name, parameters) int(*name) parameters;
 static struct {
@@ -75,12 +76,12 @@ static const char *load_driver(void) {
   int result;
   void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (!library)
-    return "no NVIDIA driver (libcuda.so.1) on this machine: install it, or build the artifact with "
+    return "no NVIDIA driver (libcuda.so.1) on this machine: install it, or build the artifact "
+           "with "
            "--target native";
-#define FIND(name, parameters)                                     \
-  *(void **)&cuda.name = dlsym(library, #name);                    \
-  if (!cuda.name)                                                  \
-    return "the NVIDIA driver lacks " #name ": install driver 550 or newer";
+#define FIND(name, parameters)                  \
+  *(void **)&cuda.name = dlsym(library, #name); \
+  if (!cuda.name) return "the NVIDIA driver lacks " #name ": install driver 550 or newer";
   DRIVER(FIND)
   if ((result = cuda.cuInit(0)) || (result = cuda.cuDeviceGetCount(&cuda.count)))
     return bc_cuda_error(result);
@@ -122,7 +123,8 @@ static const bc_image *choose_image(const bc_gpu *gpu) {
 static const char *prepare(bc_gpu *gpu) {
   void *library = NULL;
   int result, fixed = 0;
-  if (gpu->major < MIN_MAJOR) return "the GPU is too old: compute capability 8.0 or newer is needed";
+  if (gpu->major < MIN_MAJOR)
+    return "the GPU is too old: compute capability 8.0 or newer is needed";
   gpu->image = choose_image(gpu);
   if ((result = cuda.cuLibraryLoadData(&library, gpu->image->data, NULL, NULL, 0, NULL, NULL, 0)))
     return bc_cuda_error(result);
@@ -250,8 +252,8 @@ static int quantise(const bc_gpu *gpu, void *stream, const bc_linear *job, const
                     .eps = job->eps};
   int64_t room = 4 * (ceil_div(job->K, 512) * 512 + (job->gate_in >= 0 ? BC_ROWS_PART : 0));
   int fast = job->K <= BC_ROWS_LONGEST && job->K % 4 == 0 && aligned(job->x) && aligned(job->gamma);
-  return launch(gpu, stream, fast ? BC_CUDA_ROWS : BC_CUDA_ANY_ROWS, job->M, 1, BC_ROWS_THREADS, fast ? room : 0,
-                (void *[])BC_ROWS_ARGS(a), job->early);
+  return launch(gpu, stream, fast ? BC_CUDA_ROWS : BC_CUDA_ANY_ROWS, job->M, 1, BC_ROWS_THREADS,
+                fast ? room : 0, (void *[])BC_ROWS_ARGS(a), job->early);
 }
 
 static int decode(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from,
@@ -351,8 +353,7 @@ int bc_cuda_linear(const bc_gpu *gpu, void *stream, const bc_linear *job, void *
   Tokens quantised = take_tokens(job, scratch);
   int result = job->quantised ? 0 : quantise(gpu, stream, job, &quantised);
   if (result) return result;
-  return kind ? decode(gpu, stream, job, &quantised, kind)
-              : multiply(gpu, stream, job, &quantised);
+  return kind ? decode(gpu, stream, job, &quantised, kind) : multiply(gpu, stream, job, &quantised);
 }
 
 int bc_cuda_read(const bc_gpu *gpu, void *stream, const void *data, int64_t bytes, void *out) {

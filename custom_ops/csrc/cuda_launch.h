@@ -9,8 +9,20 @@
 #include <stdint.h>
 
 enum { BC_MAX_GPUS = 16, BC_NO_GATE = -1, BC_MMA_TILE = -1 };
-enum { BC_CUDA_ROWS, BC_CUDA_ANY_ROWS, BC_CUDA_FUSED, BC_CUDA_DECODE1, BC_CUDA_DECODE8, BC_CUDA_DECODE16, BC_CUDA_GEMM,
-       BC_CUDA_WGMMA64, BC_CUDA_WGMMA128, BC_CUDA_WGMMA256, BC_CUDA_READ, BC_CUDA_KERNELS };
+enum {
+  BC_CUDA_ROWS,
+  BC_CUDA_ANY_ROWS,
+  BC_CUDA_FUSED,
+  BC_CUDA_DECODE1,
+  BC_CUDA_DECODE8,
+  BC_CUDA_DECODE16,
+  BC_CUDA_GEMM,
+  BC_CUDA_WGMMA64,
+  BC_CUDA_WGMMA128,
+  BC_CUDA_WGMMA256,
+  BC_CUDA_READ,
+  BC_CUDA_KERNELS
+};
 
 /* Device code for one architecture; PTX has major 0. Generated with the list of kernels. */
 typedef struct bc_image {
@@ -38,12 +50,13 @@ typedef struct bc_linear {
   const void *residual; /* [M, N] of type_y */
   void *y;
   int32_t M, N, K;
-  int32_t type_x, type_y; /* ONNX element types */
+  int32_t type_x, type_y;    /* ONNX element types */
   int32_t gate_in, gate_out; /* gate_out: W has 2N rows and y is act(gate) * up */
   float eps;
   int32_t early; /* weights are constants: they may be read while the kernel before still runs */
-  int32_t quantised; /* scratch holds the quantised rows already, of a call with the same job */
-  int32_t step, tile; /* row tiles of a decode block, tokens of a tile; 0: chosen here; tile BC_MMA_TILE: mma.sync */
+  int32_t quantised;  /* scratch holds the quantised rows already, of a call with the same job */
+  int32_t step, tile; /* row tiles of a decode block, tokens of a tile; 0: chosen here; tile
+                         BC_MMA_TILE: mma.sync */
 } bc_linear;
 
 /* The GPU of the calling thread's context, ready to launch; NULL and *error if there is none. */

@@ -20,9 +20,9 @@
 #define BC_ORT_API 17
 
 enum { BC_FLOAT = 1, BC_UINT8 = 2, BC_FLOAT16 = 10, BC_BFLOAT16 = 16 }; /* element types */
-enum { BC_FAIL = 1, BC_INVALID_ARGUMENT = 2 }; /* OrtErrorCode */
-enum { BC_ARENA = 1, BC_MEM_DEFAULT = 0 };     /* OrtArenaAllocator, OrtMemTypeDefault */
-enum { BC_ATTR_INT = 1 };                      /* ORT_OP_ATTR_INT */
+enum { BC_FAIL = 1, BC_INVALID_ARGUMENT = 2 };                          /* OrtErrorCode */
+enum { BC_ARENA = 1, BC_MEM_DEFAULT = 0 }; /* OrtArenaAllocator, OrtMemTypeDefault */
+enum { BC_ATTR_INT = 1 };                  /* ORT_OP_ATTR_INT */
 
 typedef struct BcStatus BcStatus;
 typedef struct BcValue BcValue;

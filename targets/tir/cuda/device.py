@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import tvm
+from tvm.script.ir_builder import IRBuilder
 
-from bitcompile.targets.tir.dsl import Buffer, Expr, IRBuilder, T, kernel_parameters, local, store
+from bitcompile.targets.tir.dsl import Buffer, Expr, T, kernel_parameters, local, store
 from bitcompile.targets.tir.gates import Arithmetic
 from bitcompile.targets.tir.objects import lowering
 
