@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from bitcompile.model import Imported, LanguageModel, Lowered
 
 
-def genai_config(language: LanguageModel, library: str) -> dict[str, Any]:
+PROVIDERS = {"cuda": ("cuda", "CUDAExecutionProvider")}
+"""Device of a target to what onnxruntime-genai and onnxruntime call its execution provider."""
+
+
+def genai_config(language: LanguageModel, library: str, device: str = "cpu") -> dict[str, Any]:
     """``genai_config.json`` for a decoder whose plugin ``library`` lies in the same folder.
 
     A static library is not named there: the app links it.
@@ -87,7 +91,7 @@ import onnxruntime
 
 options = onnxruntime.SessionOptions()
 options.register_custom_ops_library("./{library}")  # leave out to run without the plugin
-session = onnxruntime.InferenceSession("model.onnx", options)
+session = onnxruntime.InferenceSession("model.onnx", options, providers={providers})
 print([(i.name, i.type, i.shape) for i in session.get_inputs()])
 ```
 
@@ -216,6 +220,7 @@ def readme(imported: Imported, lowered: Lowered) -> str:
     language = imported.language
     chosen = [x for x in lowered.target.guide if x != "genai" or language is not None]
     template = _HEADER + "".join(SECTIONS[x] for x in chosen) + _FILES
+    name = PROVIDERS.get(lowered.target.device, ("",))[1:]
     values = {
         "source": imported.source,
         "target": lowered.target.name,
@@ -226,6 +231,7 @@ def readme(imported: Imported, lowered: Lowered) -> str:
         "library": lowered.target.library,
         "archive": PurePath(lowered.target.library).with_suffix(".a").name,
         "minimum": MIN_ONNXRUNTIME,
+        "providers": str([*name, "CPUExecutionProvider"]),
         "length": str(min(256, language.context_length) if language is not None else 0),
     }
     for key, value in values.items():

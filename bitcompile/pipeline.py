@@ -34,7 +34,7 @@ class BuildOptions:
         metadata={
             "choices": passing.HEADS,
             "help": "Embedding and head table: 8 or 4 bits a weight, or floats "
-            "[default: q8; float for torch modules and .onnx files].",
+            "[default: q8, on GPUs float; float for torch modules and .onnx files].",
         },
     )
     logits: str | None = field(
@@ -95,10 +95,16 @@ class BuildOptions:
         if self.context is not None and self.context < 1:
             raise UsageError(f"context must be 1 or more, not {self.context}")
 
-    def resolved(self, checkpoint: bool) -> BuildOptions:
+    def resolved(self, checkpoint: bool, target: Target) -> BuildOptions:
         """With every choice made: checkpoints are made smaller, other graphs keep their meaning."""
-        defaults = ("q8", "last") if checkpoint else ("float", "all")
-        return replace(self, head=self.head or defaults[0], logits=self.logits or defaults[1])
+        defaults = (target.heads[0], "last") if checkpoint else ("float", "all")
+        head = self.head or defaults[0]
+        if head not in target.heads:
+            raise UsageError(
+                f"target {target.name} has no kernels for head {head}; "
+                f"choose one of {', '.join(target.heads)}"
+            )
+        return replace(self, head=head, logits=self.logits or defaults[1])
 
     @property
     def of_target(self) -> dict[str, str]:
@@ -194,6 +200,7 @@ def _run(
     from bitcompile.lower import lower
     from bitcompile.passes import finishing, pipeline
 
+    options = options.resolved(frontends.is_checkpoint(model), target)
     imported = frontends.load(
         model,
         options.context,
@@ -202,14 +209,16 @@ def _run(
         dynamic_shapes=dynamic_shapes,
         i2s_order=options.i2s_order,
     )
-    options = options.resolved(frontends.is_checkpoint(model))
     graph = imported.graph
     progress("rewriting the graph")
     steps = pipeline(passing.Options(str(options.head), str(options.logits)))
     records = imported.records + passing.run(graph, steps, options.dump)
     progress(f"compiling for {target.name}")
     lowered = lower(graph, target, options.layout)
-    records += passing.run(lowered.graph, finishing(), options.dump, first=len(steps) + 1)
+    # Attention asks for narrow activations; other models keep the types of their inputs.
+    activations = target.activations if imported.language is not None else "float32"
+    after = finishing(activations)
+    records += passing.run(lowered.graph, after, options.dump, first=len(steps) + 1)
     with artifacts.staged(out, options.force) as folder:
         made = artifacts.write(
             folder,
@@ -220,7 +229,7 @@ def _run(
             inspection=inspection.inspect_graph(lowered.graph),
             progress=progress,
         )
-        if options.verify:
+        if options.verify and target.verified:
             # For another machine, the functions in the model stand in for the plugin.
             plugin = target.can_run_here() is None
             report = verification.verify(made, progress, plugin=plugin)

@@ -58,3 +58,11 @@ class Target:
     """Build options that only some targets have, and their values, the default first."""
     vary: Callable[[str, Mapping[str, str]], Target] | None = None
     """The same target for a triple of ``hosts`` (or its own), and with other choices."""
+    activations: str = "float32"
+    """Element type between operators: ``float32``, or ``float16`` where attention needs it."""
+    heads: tuple[str, ...] = ("q8", "q4", "float")
+    """Embedding and head tables it has kernels for, a checkpoint's default first."""
+    verified: bool = True
+    """Whether ``verify`` can run its operators one by one in float32."""
+    grouped: bool = True
+    """Whether there are kernels for weights with a scale per group of columns."""

@@ -9,6 +9,7 @@ from bitcompile.target import Target
 from bitcompile.targets.adreno import ADRENO
 from bitcompile.targets.android import ANDROID
 from bitcompile.targets.arm import ARM
+from bitcompile.targets.cuda import CUDA
 from bitcompile.targets.ios import IOS
 from bitcompile.targets.macos import MACOS
 from bitcompile.targets.mali import MALI
@@ -16,7 +17,7 @@ from bitcompile.targets.opencl import OPENCL
 from bitcompile.targets.x86 import X86
 
 TARGETS: dict[str, Target] = {
-    target.name: target for target in (X86, ARM, ANDROID, MACOS, IOS, OPENCL, MALI, ADRENO)
+    target.name: target for target in (X86, ARM, ANDROID, MACOS, IOS, CUDA, OPENCL, MALI, ADRENO)
 }
 
 NATIVE = "native"

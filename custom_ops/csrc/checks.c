@@ -46,7 +46,7 @@ BcStatus *bc_parse_tensor(const Kernel *k, size_t index, const BcValue *value, T
 BcStatus *bc_read_inputs(const Kernel *k, BcContext *context, Tensor *in) {
   for (size_t i = 0; i < k->spec->inputs; i++) {
     const BcValue *value = NULL;
-    if (k->constant >> i & 1) {
+    if (!k->device->remote && k->constant >> i & 1) {
       in[i] = k->fixed[i];
       continue;
     }
@@ -90,10 +90,10 @@ BcStatus *bc_expect_weight(const Kernel *k, const char *what, const Tensor *w,
 }
 
 BcStatus *bc_optional(const Kernel *k, const char *what, const Tensor *t, size_t rank,
-                      const int64_t *dim, const float **out) {
+                      const int64_t *dim, const void **out) {
   *out = NULL;
   if (t->rank == 0) {
-    if (*(const float *)t->data == 0.0f) return NULL;
+    if (k->device->remote || *(const float *)t->data == 0.0f) return NULL;
     return bc_fail(k->api, BC_INVALID_ARGUMENT,
                    "bitcompile::%s: %s is a scalar other than 0; give its "
                    "full shape, or a scalar 0 for none",
@@ -162,7 +162,7 @@ BcStatus *bc_open_node(const Kernel *k, BcContext *context, Node *out) {
   TRY(bc_read_inputs(k, context, out->in));
   TRY(checks[k->op](k, out->in));
   TRY(bc_open_rows(k, context, &out->in[0], k->K, k->N, &out->y, &out->M));
-  if (linear) TRY(bc_optional(k, "bias", last - 1, 1, bias_shape, &out->bias));
+  if (linear) TRY(bc_optional(k, "bias", last - 1, 1, bias_shape, (const void **)&out->bias));
   if (k->op == BC_HEAD_LINEAR) return NULL;
-  return bc_optional(k, "residual", last, out->y.rank, out->y.dim, &out->residual);
+  return bc_optional(k, "residual", last, out->y.rank, out->y.dim, (const void **)&out->residual);
 }

@@ -442,7 +442,10 @@ static BcStatus *open_cpu(const BcApi *api, const void **state) {
   return bc_cpu_open(api, getenv("BITCOMPILE_ISA"), state);
 }
 
+static const int types[] = {BC_FLOAT, 0};
+
 const Device bc_cpu_device = {
+    .types = types,
     .layout = bc_layout,
     .tile_rows = TILE_ROWS,
     .tile_columns = TILE_ROWS,

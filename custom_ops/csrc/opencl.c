@@ -430,7 +430,10 @@ static BcStatus *compute_roof(const Kernel *k, BcContext *context) {
   return bc_fail(k->api, BC_FAIL, "bitcompile::Roof: this plugin has no CPU kernels to measure");
 }
 
+static const int types[] = {BC_FLOAT, 0};
+
 const Device bc_opencl_device = {
+    .types = types,
     .layout = bc_cl_layout,
     .tile_rows = TILE_ROWS,
     .tile_columns = TILE_ROWS,

@@ -40,7 +40,13 @@ def zig(arguments: Sequence[str]) -> None:
         raise ToolchainError(f"zig could not compile the plugin: {complaint.strip()}")
 
 
-def link(triple: str, objects: Sequence[Path], sources: Sequence[Path], out: Path) -> None:
+def link(
+    triple: str,
+    objects: Sequence[Path],
+    sources: Sequence[Path],
+    out: Path,
+    flags: Sequence[str] = (),
+) -> None:
     """A shared library for Linux.
 
     It stays loaded (``nodelete``): a driver that it opened has threads that outlive a session.
@@ -48,7 +54,7 @@ def link(triple: str, objects: Sequence[Path], sources: Sequence[Path], out: Pat
     zig(
         ["cc", "-target", triple, *GLUE_FLAGS, "-shared", "-s"]
         + [f"-Wl,--version-script={CSRC / 'plugin.map'}", "-Wl,-z,now", "-Wl,-z,nodelete"]
-        + [f"-Wl,-soname,{out.name}"]
+        + [f"-Wl,-soname,{out.name}", *flags]
         + [str(path) for path in (*sources, *objects)]
         + ["-Wl,--as-needed", "-ldl", "-lpthread", "-o", str(out)]
     )

@@ -139,15 +139,23 @@ def cache_dir() -> Path:
     return Path(base) / "bitcompile"
 
 
-def _fingerprint(*parts: str) -> str:
-    """Hash of the generators, the C sources and the compilers' versions."""
+def fingerprint(*parts: str, more: Sequence[Path] = ()) -> str:
+    """Hash of the generators, the C sources, ``more`` files and the compilers' versions.
+
+    Raises ToolchainError if a compiler is not installed.
+    """
     spine = Path(bitcompile.errors.__file__).parent
-    sources = [*sorted(TIR.rglob("*.*")), *sorted(CSRC.rglob("*.*")), spine / "numerics.py"]
+    sources = [*sorted(TIR.rglob("*.*")), *sorted(CSRC.rglob("*.*")), spine / "numerics.py", *more]
     digest = hashlib.sha256()
     for path in sources:
         if path.is_file() and path.suffix != ".pyc":
             digest.update(path.name.encode() + path.read_bytes())
-    versions = [metadata.version(package) for package in ("apache-tvm", "ziglang")]
+    try:
+        versions = [metadata.version(package) for package in ("apache-tvm", "ziglang")]
+    except metadata.PackageNotFoundError as error:
+        raise ToolchainError(
+            f'package {error.name} is not installed: pip install "bitcompile[build]"'
+        ) from None
     digest.update("\0".join([*versions, *parts]).encode())
     return digest.hexdigest()[:16]
 
@@ -168,23 +176,28 @@ def build_plugin(
     of the CPU. Without ``isas`` there are no CPU kernels in it. Raises ToolchainError if a compiler
     is missing or fails.
     """
-    try:
-        folder = cache_dir() / _fingerprint(
-            triple, layout, library, cpu, device.key if device else ""
-        )
-    except metadata.PackageNotFoundError as error:
-        raise ToolchainError(
-            f'package {error.name} is not installed: pip install "bitcompile[build]"'
-        ) from None
-    path = folder / library
+    key = fingerprint(triple, layout, library, cpu, device.key if device else "")
+    return cached(
+        key,
+        library,
+        lambda path: _compile(isas(), triple, layout, CSRC / cpu, path, system, device),
+    )
+
+
+def cached(key: str, library: str, compile: Callable[[Path], None]) -> Path:
+    """The library kept under ``key``, or the one ``compile(path)`` leaves at its path.
+
+    Raises ToolchainError if the cache cannot be used.
+    """
+    path = cache_dir() / key / library
     try:
         if not _intact(path):
-            _require_space(folder.parent)
-            _compile(isas(), triple, layout, CSRC / cpu, path, system, device)
+            _require_space(path.parent.parent)
+            compile(path)
     except OSError as error:
         raise ToolchainError(
-            f"cannot use the cache {folder.parent} ({error.strerror}): set BITCOMPILE_CACHE to a "
-            "folder that can be written"
+            f"cannot use the cache {path.parent.parent} ({error.strerror}): set BITCOMPILE_CACHE "
+            "to a folder that can be written"
         ) from error
     return path
 
@@ -262,13 +275,21 @@ def _compile(
         system.link(triple, objects, sources, made)
         if system.archive is not None:
             system.archive(triple, objects, sources, static_library(made))
-        digest = work / "sha256"
-        digest.write_text(_digest(made), "ascii")
-        # Two builds may meet here: each leaves a whole library, and both are the same program.
-        if system.archive is not None:
-            os.replace(static_library(made), static_library(path))
-        os.replace(digest, _hash_file(path))
-        os.replace(made, path)
+        keep(made, path)
+
+
+def keep(made: Path, path: Path) -> None:
+    """Move a library, and the static one beside it, into their place in the cache.
+
+    Two builds may meet here: each leaves a whole library, and both are the same program.
+    """
+    digest = made.with_name("sha256")
+    digest.write_text(_digest(made), "ascii")
+    archive = static_library(made)
+    if archive != made and archive.exists():
+        os.replace(archive, static_library(path))
+    os.replace(digest, _hash_file(path))
+    os.replace(made, path)
 
 
 def static_library(library: Path) -> Path:
