@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tvm
+from tvm_ffi import structural_map
 
 from bitcompile.targets.tir.dsl import Buffer, Expr, IRBuilder, T, kernel_parameters
 from bitcompile.targets.tir.gates import Arithmetic
@@ -108,6 +110,17 @@ def source(functions: Mapping[str, Any]) -> str:
     for name, function in functions.items():  # one at a time: a module repeats all declarations
         module = tvm.IRModule({name: function.with_attr({"global_symbol": name, **attributes})})
         lowered = tvm.ir.transform.Sequential(lowering(text=True))(module)
-        built = tvm.get_global_func("target.build.opencl")(lowered, goal)
+        exact = tvm.IRModule({g: _literals_as_bits(f) for g, f in lowered.functions.items()})
+        built = tvm.get_global_func("target.build.opencl")(exact, goal)
         texts.append(str(built.inspect_source()))
     return "\n".join(texts)
+
+
+def _literals_as_bits(function: Any) -> Any:
+    """float32 constants as the bits of an integer: TVM prints them with seven digits, two short."""
+    return function.with_body(structural_map(function.body, (tvm.tirx.FloatImm, _as_bits)))
+
+
+def _as_bits(literal: Any) -> Expr:
+    bits = int(np.float32(literal.value).view(np.int32))
+    return T.call_pure_extern("float32", "as_float", T.int32(bits))
