@@ -85,7 +85,7 @@ def require_host(artifact: Artifact) -> None:
     if reason is not None:
         raise ToolchainError(
             f"the plugin in {artifact.path} is for {host}, {reason}: build with --target native, "
-            "or load with plugin=False"
+            "load with plugin=False, or verify with --fallback"
         )
 
 

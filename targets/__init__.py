@@ -10,9 +10,7 @@ from bitcompile.targets.ios import IOS
 from bitcompile.targets.macos import MACOS
 from bitcompile.targets.x86 import X86
 
-TARGETS: dict[str, Target] = {
-    target.name: target for target in (X86, ARM, ANDROID, MACOS, IOS)
-}
+TARGETS: dict[str, Target] = {target.name: target for target in (X86, ARM, ANDROID, MACOS, IOS)}
 
 NATIVE = "native"
 
@@ -33,7 +31,10 @@ def resolve(name: str = NATIVE, host: str | None = None) -> Target:
     else:
         raise UsageError(f"unknown target {name!r}; choose one of {NATIVE}, {known()}")
     if host is not None and host != target.host:
-        raise UsageError(f"target {target.name} builds for host {target.host}, not {host}")
+        raise UsageError(
+            f"target {target.name} builds for host {target.host}, not {host}: "
+            "`bitcompile targets` lists the target of every host"
+        )
     return target
 
 

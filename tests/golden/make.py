@@ -34,7 +34,20 @@ def linear(seed: int, N: int, K: int, M: int, group_size: int) -> Arrays:
 def gates() -> Arrays:
     """Gate inputs over the whole range, with every kind of special value."""
     rng = np.random.default_rng(5)
-    special = [0.0, -0.0, 1e-45, -1e-40, 3.4e38, -3.4e38, np.inf, -np.inf, np.nan, 88.1, -87.5, -104]
+    special = [
+        0.0,
+        -0.0,
+        1e-45,
+        -1e-40,
+        3.4e38,
+        -3.4e38,
+        np.inf,
+        -np.inf,
+        np.nan,
+        88.1,
+        -87.5,
+        -104,
+    ]
     spread = rng.standard_normal((3, 83)) * np.array([[0.1], [3], [40]])
     spread[0, : len(special)] = special
     both = np.concatenate([spread, rng.standard_normal((3, 83))], axis=1).astype(np.float32)
