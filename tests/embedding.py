@@ -96,4 +96,3 @@ def agreed(one: Answer, other: Answer) -> int:
         if best[1] - best[0] <= 2 * np.abs(one.logits[first] - other.logits[first]).max():
             return len(one.tokens)
     return first
-

@@ -32,7 +32,9 @@ LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """The split of Llama 3's tokenizer, which is also that of BitNet b1.58 2B-4T."""
-LETTERS = [*"abc XYZ'sStT019\n\t\r .,!?éßñ中文日本語한국어👍🏽😀\u00a0\u2028\u200b\u0300\u0085\x1c\x0b½²٣ǅſ"]
+LETTERS = [
+    *"abc XYZ'sStT019\n\t\r .,!?éßñ中文日本語한국어👍🏽😀\u00a0\u2028\u200b\u0300\u0085\x1c\x0b½²٣ǅſ"
+]
 PIECES = [*LETTERS, "'ll", "'RE", "<|begin_of_text|>", "<|end_of_text|>", "  ", "\n\n", " \n"]
 
 Java = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -71,9 +73,7 @@ def compile_java(*arguments: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_tokens_are_those_of_the_reference(
-    java: Java, embedded: Callable[[str], Artifact]
-) -> None:
+def test_tokens_are_those_of_the_reference(java: Java, embedded: Callable[[str], Artifact]) -> None:
     artifact = embedded("x86")
     tokens = prompt(TEXT)
     done = java("generate", artifact.path, artifact.library, 64, 32, *tokens)
