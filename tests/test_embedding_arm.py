@@ -17,7 +17,7 @@ import pytest
 from bitcompile.artifact import Artifact
 from bitcompile.targets import TARGETS
 from tests import embedding
-from tests.embedding import C, COUNT, REFERENCE, STRICT, X86, Answer, prompt, zig
+from tests.embedding import COUNT, REFERENCE, STRICT, X86, Answer, C, prompt, zig
 from tests.tools import embedding_kit, onnxruntime_headers, program
 
 ARM = "aarch64-linux-gnu.2.28"

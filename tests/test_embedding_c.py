@@ -18,7 +18,7 @@ from bitcompile.artifact import Artifact
 from bitcompile.bench import kv_bytes
 from bitcompile.verification import empty_caches, step
 from tests import embedding
-from tests.embedding import C, COUNT, REFERENCE, STRICT, X86, prompt, zig
+from tests.embedding import COUNT, REFERENCE, STRICT, X86, C, prompt, zig
 from tests.tools import onnxruntime_headers
 
 TEXTS = list(REFERENCE)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import bitcompile.custom_ops.csrc
-from tests.embedding import C, EXAMPLES, STRICT, zig
+from tests.embedding import EXAMPLES, STRICT, C, zig
 from tests.tools import embedding_kit
 
 IOS = EXAMPLES / "ios"
