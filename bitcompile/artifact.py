@@ -26,6 +26,7 @@ from bitcompile.opset import MIN_ONNXRUNTIME
 
 if TYPE_CHECKING:
     from bitcompile.model import Imported, LanguageModel, Lowered
+    from bitcompile.target import Target
 
 Progress = Callable[[str], None]
 """Called with a short text at the start of each phase of a long operation."""
@@ -51,6 +52,10 @@ def _version(value: Any) -> bool:
     return isinstance(value, str) and bool(re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,4})*", value))
 
 
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
 def _word(value: Any) -> bool:
     return isinstance(value, str) and bool(re.fullmatch(r"[a-z0-9_-]+", value))
 
@@ -60,7 +65,7 @@ _SCHEMA: dict[str, Any] = {
     "format": int,
     "bitcompile": str,
     "source": str,
-    "target": {"name": str, "device": str, "host": str, "isas": [_word]},
+    "target": {"name": _text, "device": _text, "host": _text, "isas": [_word]},
     "layout": str,
     "library": str,
     "min_onnxruntime": _version,
@@ -383,7 +388,7 @@ def write(
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source, folder / name)
     if imported.language is not None:
-        _write_language_files(folder, imported.language, library)
+        _write_language_files(folder, imported.language, lowered.target)
     readme = companions.readme(imported, lowered)
     (folder / "README.md").write_text(readme, "utf-8")
     progress("hashing files")
@@ -420,10 +425,10 @@ def _save_model(folder: Path, lowered: Lowered) -> None:
     )
 
 
-def _write_language_files(folder: Path, language: LanguageModel, library: str) -> None:
+def _write_language_files(folder: Path, language: LanguageModel, target: Target) -> None:
     for file in language.tokenizer_files:
         shutil.copyfile(file, folder / file.name)
-    config = companions.genai_config(language, library)
+    config = companions.genai_config(language, target.library, target.device)
     (folder / "genai_config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
 

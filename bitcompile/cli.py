@@ -22,6 +22,7 @@ import click
 from bitcompile import __version__
 from bitcompile.artifact import Artifact, Progress
 from bitcompile.errors import BitcompileError, InputError, UsageError
+from bitcompile.frontends.gguf_ternary import I2S_ORDERS
 from bitcompile.generate import Sampling, TextModel, run_tensors
 from bitcompile.inspection import aligned, format_report, inspect
 from bitcompile.pipeline import BuildOptions
@@ -267,16 +268,23 @@ def _print_built(made: Artifact, before: int | None, after: int, seconds: float)
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="The .onnx file to write."
 )
 @click.option("--context", type=click.IntRange(min=1), help="Tokens of the KV cache.")
+@click.option(
+    "--i2s-order",
+    type=click.Choice(tuple(I2S_ORDERS)),
+    help="Order of I2_S codes, where a .gguf file cannot tell it.",
+)
 @click.option("--force", is_flag=True, help="Replace a file that exists.")
 @_debug
-def export(model: str, out: Path, context: int | None, force: bool) -> None:
+def export(model: str, out: Path, context: int | None, i2s_order: str | None, force: bool) -> None:
     """Write MODEL as one portable .onnx file, which runs in plain onnxruntime.
 
     MODEL is MODULE:FACTORY, a function that returns (module, example_inputs[, dynamic_shapes]) of
     torch, or anything that `bitcompile build` takes.
     """
     with _progress() as progress:
-        written = export_model(model, out, context=context, force=force, progress=progress)
+        written = export_model(
+            model, out, context=context, i2s_order=i2s_order, force=force, progress=progress
+        )
     rows = [
         ["model", f"{written} ({written.stat().st_size / 1e6:,.1f} MB)"],
         ["use", f"onnxruntime.InferenceSession({str(written)!r})"],

@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from bitcompile.model import Imported, LanguageModel, Lowered
 
 
-def genai_config(language: LanguageModel, library: str) -> dict[str, Any]:
+PROVIDERS = {"cuda": ("cuda", "CUDAExecutionProvider")}
+"""Device of a target to what onnxruntime-genai and onnxruntime call its execution provider."""
+
+
+def genai_config(language: LanguageModel, library: str, device: str = "cpu") -> dict[str, Any]:
     """``genai_config.json`` for a decoder whose plugin ``library`` lies in the same folder.
 
     A static library is not named there: the app links it.
@@ -87,7 +91,7 @@ import onnxruntime
 
 options = onnxruntime.SessionOptions()
 options.register_custom_ops_library("./{library}")  # leave out to run without the plugin
-session = onnxruntime.InferenceSession("model.onnx", options)
+session = onnxruntime.InferenceSession("model.onnx", options, providers={providers})
 print([(i.name, i.type, i.shape) for i in session.get_inputs()])
 ```
 
@@ -160,8 +164,9 @@ needed at run time.
 _ANDROID = """\
 ## Kotlin, onnxruntime-android
 
-Put `{library}` into `src/main/jniLibs/arm64-v8a/` of the app. Put `model.onnx` and `model.onnx.data`
-into one folder of files (`filesDir`, not packed in the APK): the weights are then mapped, not copied.
+Put `{library}` into `src/main/jniLibs/arm64-v8a/` of the app. Put `model.onnx` and
+`model.onnx.data` into one folder of files (`filesDir`, not packed in the APK): the weights are then
+mapped, not copied.
 
 ```kotlin
 val environment = OrtEnvironment.getEnvironment()
@@ -175,8 +180,8 @@ val session = environment.createSession(File(context.filesDir, "model.onnx").pat
 _SWIFT = """\
 ## Swift, onnxruntime-objc
 
-Add `{archive}` to "Link Binary With Libraries", and `include/bitcompile.h` to the bridging header. Add
-`model.onnx` and `model.onnx.data` to the app's resources.
+Add `{archive}` to "Link Binary With Libraries", and `include/bitcompile.h` to the bridging header.
+Add `model.onnx` and `model.onnx.data` to the app's resources.
 
 ```swift
 let options = try ORTSessionOptions()
@@ -215,6 +220,7 @@ def readme(imported: Imported, lowered: Lowered) -> str:
     language = imported.language
     chosen = [x for x in lowered.target.guide if x != "genai" or language is not None]
     template = _HEADER + "".join(SECTIONS[x] for x in chosen) + _FILES
+    name = PROVIDERS.get(lowered.target.device, ("",))[1:]
     values = {
         "source": imported.source,
         "target": lowered.target.name,
@@ -225,6 +231,7 @@ def readme(imported: Imported, lowered: Lowered) -> str:
         "library": lowered.target.library,
         "archive": PurePath(lowered.target.library).with_suffix(".a").name,
         "minimum": MIN_ONNXRUNTIME,
+        "providers": str([*name, "CPUExecutionProvider"]),
         "length": str(min(256, language.context_length) if language is not None else 0),
     }
     for key, value in values.items():

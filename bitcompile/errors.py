@@ -14,10 +14,16 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class BitcompileError(Exception):
     """Base of all errors raised on purpose.
 
-    ``str(error)`` is one line that names what is wrong and what to do about it.
+    ``str(error)`` is one line that names what is wrong and what to do about it. Control characters,
+    as names in damaged files have them, are escaped.
     """
 
     exit_code = 5
+
+    def __str__(self) -> str:
+        return "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__()
+        )
 
 
 class VerificationError(BitcompileError):

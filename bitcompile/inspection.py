@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -277,19 +278,19 @@ def _skip_views(value: ir.Value) -> ir.Value:
 
 
 def _inspect_checkpoint(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{folder / 'config.json'} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{folder / 'config.json'} is not a model configuration")
+    from bitcompile.frontends.checkpoint import CONFIG, read_json
+
+    config = read_json(folder / CONFIG)
     tensors = _checkpoint_tensors(folder)
     totals = {kind: Weights() for kind in KINDS}
-    quantization = config.get("quantization_config") or {}
+    quantization = config.get("quantization_config")
     # Online checkpoints hold float matrices that become ternary when they are loaded.
-    masters = quantization.get("quant_method") == "bitnet" and not any(
-        dtype == "U8" for dtype, _, _ in tensors.values()
+    masters = (
+        isinstance(quantization, dict)
+        and quantization.get("quant_method") == "bitnet"
+        and not any(dtype == "U8" for dtype, _, _ in tensors.values())
     )
+    architectures = config.get("architectures")
     for name, (dtype, shape, size) in tensors.items():
         kind = _checkpoint_kind(name, dtype, shape, masters)
         scale = name.endswith("weight_scale")
@@ -298,7 +299,9 @@ def _inspect_checkpoint(folder: Path) -> dict[str, Any]:
     return {
         "kind": "checkpoint",
         "source": folder.resolve().name,
-        "architecture": (config.get("architectures") or [None])[0],
+        "architecture": architectures[0]
+        if isinstance(architectures, list) and architectures
+        else None,
         "layers": config.get("num_hidden_layers"),
         "ops": {},
         "nodes_per_layer": None,
@@ -328,8 +331,9 @@ def _checkpoint_tensors(folder: Path) -> dict[str, tuple[str, list[int], int]]:
         header.pop("__metadata__", None)
         try:
             for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                tensors[name] = (str(entry["dtype"]), list(entry["shape"]), end - begin)
+                begin, end = (operator.index(offset) for offset in entry["data_offsets"])
+                shape = [operator.index(size) for size in entry["shape"]]
+                tensors[name] = (str(entry["dtype"]), shape, end - begin)
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{file} has a damaged header: download it again") from None
     return tensors
@@ -344,7 +348,7 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
             raise InputError(f"{file} is truncated or not a safetensors file: download it again")
         try:
             header = json.loads(stream.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(f"{file} has a damaged header: download it again") from None
     if not isinstance(header, dict):
         raise InputError(f"{file} has a damaged header: download it again")

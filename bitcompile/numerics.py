@@ -84,7 +84,7 @@ def rms_norm(x: F32, gamma: F32, eps: float) -> F32:
     K = x.shape[-1]
     pad = -K % NORM_LANES
     square = np.pad(x * x, [(0, 0)] * (x.ndim - 1) + [(0, pad)])
-    steps = square.reshape(*x.shape[:-1], -1, NORM_LANES)
+    steps = square.reshape(*x.shape[:-1], (K + pad) // NORM_LANES, NORM_LANES)
     p: F32 = np.zeros((*x.shape[:-1], NORM_LANES), np.float32)
     for i in range(steps.shape[-2]):
         p = np.add(p, steps[..., i, :], dtype=np.float32)

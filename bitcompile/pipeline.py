@@ -12,6 +12,7 @@ from bitcompile import artifact as artifacts
 from bitcompile import inspection, passing, verification
 from bitcompile.artifact import Artifact, Progress, silent
 from bitcompile.errors import ToolchainError, UsageError, writing
+from bitcompile.frontends.gguf_ternary import I2S_ORDERS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,7 +34,7 @@ class BuildOptions:
         metadata={
             "choices": passing.HEADS,
             "help": "Embedding and head table: 8 or 4 bits a weight, or floats "
-            "[default: q8; float for torch modules and .onnx files].",
+            "[default: q8, on GPUs float; float for torch modules and .onnx files].",
         },
     )
     logits: str | None = field(
@@ -55,6 +56,27 @@ class BuildOptions:
         default=None,
         metadata={"help": "Tokens of the KV cache [default: 4096 or the model's limit]."},
     )
+    offload: str | None = field(
+        default=None,
+        metadata={
+            "help": "Work of an OpenCL device: prefill, all, none or auto, which is all for one "
+            "with memory of its own, else prefill [default: auto]."
+        },
+    )
+    fallback: str | None = field(
+        default=None,
+        metadata={
+            "help": "What takes over where a GPU target finds no usable device: cpu or none "
+            "[default: cpu]."
+        },
+    )
+    i2s_order: str | None = field(
+        default=None,
+        metadata={
+            "choices": tuple(I2S_ORDERS),
+            "help": "Order of I2_S codes, where a .gguf file cannot tell it.",
+        },
+    )
     verify: bool = field(
         default=True,
         metadata={"help": "Verify the artifact (for another machine: without its plugin)."},
@@ -73,10 +95,22 @@ class BuildOptions:
         if self.context is not None and self.context < 1:
             raise UsageError(f"context must be 1 or more, not {self.context}")
 
-    def resolved(self, checkpoint: bool) -> BuildOptions:
+    def resolved(self, checkpoint: bool, target: Target) -> BuildOptions:
         """With every choice made: checkpoints are made smaller, other graphs keep their meaning."""
-        defaults = ("q8", "last") if checkpoint else ("float", "all")
-        return replace(self, head=self.head or defaults[0], logits=self.logits or defaults[1])
+        defaults = (target.heads[0], "last") if checkpoint else ("float", "all")
+        head = self.head or defaults[0]
+        if head not in target.heads:
+            raise UsageError(
+                f"target {target.name} has no kernels for head {head}; "
+                f"choose one of {', '.join(target.heads)}"
+            )
+        return replace(self, head=head, logits=self.logits or defaults[1])
+
+    @property
+    def of_target(self) -> dict[str, str]:
+        """The choices made that only some targets have."""
+        given = {"offload": self.offload, "fallback": self.fallback}
+        return {name: value for name, value in given.items() if value is not None}
 
     def recorded(self) -> dict[str, Any]:
         """What the manifest keeps: the choices that shape the artifact."""
@@ -95,6 +129,9 @@ def build(
     logits: str | None = None,
     layout: str = "auto",
     context: int | None = None,
+    offload: str | None = None,
+    fallback: str | None = None,
+    i2s_order: str | None = None,
     verify: bool = True,
     dump: str | Path | None = None,
     force: bool = False,
@@ -111,7 +148,20 @@ def build(
     :mod:`bitcompile.errors`).
     """
     folder = None if dump is None else Path(dump)
-    options = BuildOptions(target, host, head, logits, layout, context, verify, folder, force)
+    options = BuildOptions(
+        target,
+        host,
+        head,
+        logits,
+        layout,
+        context,
+        offload,
+        fallback,
+        i2s_order,
+        verify,
+        folder,
+        force,
+    )
     return run(model, Path(out), options, progress, example_inputs, dynamic_shapes)
 
 
@@ -127,29 +177,48 @@ def run(
     from bitcompile.targets import resolve
 
     artifacts.check_output(out, options.force)
-    target = resolve(options.target, options.host)
+    target = resolve(options.target, options.host, options.of_target)
     _require_toolchain(target)
 
     # These need the build extra, which the line above has asked for.
+    from bitcompile.frontends.assembly import quiet
+
+    with quiet():
+        return _run(model, out, options, target, progress, example_inputs, dynamic_shapes)
+
+
+def _run(
+    model: str | Path | torch.nn.Module,
+    out: Path,
+    options: BuildOptions,
+    target: Target,
+    progress: Progress,
+    example_inputs: Any,
+    dynamic_shapes: Any,
+) -> Artifact:
     from bitcompile import frontends
     from bitcompile.lower import lower
     from bitcompile.passes import finishing, pipeline
 
+    options = options.resolved(frontends.is_checkpoint(model), target)
     imported = frontends.load(
         model,
         options.context,
         progress,
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,
+        i2s_order=options.i2s_order,
     )
-    options = options.resolved(frontends.is_checkpoint(model))
     graph = imported.graph
     progress("rewriting the graph")
     steps = pipeline(passing.Options(str(options.head), str(options.logits)))
     records = imported.records + passing.run(graph, steps, options.dump)
     progress(f"compiling for {target.name}")
     lowered = lower(graph, target, options.layout)
-    records += passing.run(lowered.graph, finishing(), options.dump, first=len(steps) + 1)
+    # Attention asks for narrow activations; other models keep the types of their inputs.
+    activations = target.activations if imported.language is not None else "float32"
+    after = finishing(activations)
+    records += passing.run(lowered.graph, after, options.dump, first=len(steps) + 1)
     with artifacts.staged(out, options.force) as folder:
         made = artifacts.write(
             folder,
@@ -160,7 +229,7 @@ def run(
             inspection=inspection.inspect_graph(lowered.graph),
             progress=progress,
         )
-        if options.verify:
+        if options.verify and target.verified:
             # For another machine, the functions in the model stand in for the plugin.
             plugin = target.can_run_here() is None
             report = verification.verify(made, progress, plugin=plugin)
@@ -175,6 +244,7 @@ def export(
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     context: int | None = None,
+    i2s_order: str | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Path:
@@ -191,14 +261,21 @@ def export(
     except ImportError:
         raise ToolchainError('exporting needs pip install "bitcompile[build]"') from None
     from bitcompile import frontends
+    from bitcompile.frontends.assembly import quiet
     from bitcompile.passes import finishing
 
-    imported = frontends.load(
-        model, context, progress, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes
-    )
-    passing.run(imported.graph, finishing())
-    progress("writing the model")
-    _save(imported.graph, out)
+    with quiet():
+        imported = frontends.load(
+            model,
+            context,
+            progress,
+            example_inputs=example_inputs,
+            dynamic_shapes=dynamic_shapes,
+            i2s_order=i2s_order,
+        )
+        passing.run(imported.graph, finishing())
+        progress("writing the model")
+        _save(imported.graph, out)
     return out
 
 

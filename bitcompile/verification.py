@@ -20,8 +20,10 @@ import numpy.typing as npt
 
 from bitcompile import runtime
 from bitcompile.artifact import MANIFEST, Artifact, Progress, silent
+from bitcompile.companions import PROVIDERS
 from bitcompile.custom_ops import OPS
 from bitcompile.errors import BitcompileError, InputError, ToolchainError, VerificationError
+from bitcompile.feeds import NoFeeds, candidates
 from bitcompile.numerics import F32
 from bitcompile.opset import DOMAIN, Attribute, OpDef
 from bitcompile.packing import layout
@@ -48,6 +50,9 @@ FALLBACK_TOLERANCE = 1e-4
 FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")
 TOKENS = 9
 """Tokens of the whole-model comparison: a prompt of all but one, then one decode step."""
+
+
+Feeds = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,12 @@ def verify(
     or cannot run here.
     """
     start = time.monotonic()
+    device = str(artifact.manifest["target"]["device"])
+    if plugin and device in PROVIDERS:
+        raise ToolchainError(
+            f"the plugin for {device} is verified by tests/gpu of the source; "
+            f"here only its functions: bitcompile verify --fallback {artifact.path}"
+        )
     artifact.check_hashes(progress)
     model = _open(artifact)
     progress("checking constants")
@@ -116,9 +127,8 @@ def verify(
         cosine = None
         if skipped is None:
             progress("verifying the whole model")
-            cosine = _compare_whole(artifact)
-            if cosine is None:
-                skipped = "not compared, it has no float32 output"
+            result = _compare_whole(artifact)
+            cosine, skipped = (None, result) if isinstance(result, str) else (result, None)
     return Report(tuple(reports), isa, cosine, skipped, round(time.monotonic() - start, 3))
 
 
@@ -450,12 +460,18 @@ def _too_big(artifact: Artifact) -> str | None:
     return f"not compared, the fallback functions would unpack {need / 1e9:.1f} GB"
 
 
-def _compare_whole(artifact: Artifact) -> float | None:
-    """Least cosine of any output row, plugin against functions; raises VerificationError."""
-    fast = _evaluate(artifact, plugin=True)
-    slow = _evaluate(artifact, plugin=False)
+def _compare_whole(artifact: Artifact) -> float | str:
+    """Least cosine of any output row, plugin against functions, or why nothing was compared.
+
+    Raises VerificationError if they differ, or if the model runs through its functions alone.
+    """
+    try:
+        slow, feeds = _by_functions(artifact)
+    except NoFeeds as reason:
+        return f"not compared, {reason}"
+    fast = _evaluate(artifact, feeds)
     if not fast:
-        return None
+        return "not compared, it has no float32 output"
     cosine = min(_cosine(a, b) for a, b in zip(fast, slow, strict=True))
     if not cosine >= COSINE:
         raise VerificationError(
@@ -463,6 +479,23 @@ def _compare_whole(artifact: Artifact) -> float | None:
             f"< {COSINE}; report it with the model's name"
         )
     return cosine
+
+
+def _by_functions(artifact: Artifact) -> tuple[list[F32], Feeds | None]:
+    """Results through the fallback functions, and the inputs they belong to.
+
+    Raises NoFeeds if the model runs on none of the inputs that can be made up for it.
+    """
+    if artifact.manifest["language"] is not None:
+        return _evaluate(artifact, None, plugin=False), None
+    session = runtime.load(artifact.path, plugin=False)
+    last = "it has no inputs"
+    for feeds in candidates(session):
+        try:
+            return _outputs(session, feeds), feeds
+        except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            last = runtime.one_line(error)
+    raise NoFeeds(f"it does not run on made-up inputs ({last[:200]})")
 
 
 def _cosine(a: F32, b: F32) -> float:
@@ -474,23 +507,22 @@ def _cosine(a: F32, b: F32) -> float:
     return float(np.where(same, 1.0, (x * y).sum(axis=-1) / np.where(norms > 0, norms, 1)).min())
 
 
-def _evaluate(artifact: Artifact, plugin: bool) -> list[F32]:
-    """Float outputs of a deterministic run; of a language model its logits at two steps."""
+def _evaluate(artifact: Artifact, feeds: Feeds | None, plugin: bool = True) -> list[F32]:
+    """Float outputs of a run on ``feeds``; of a language model (None) its logits at two steps."""
     session = runtime.load(artifact.path, plugin=plugin)
-    language = artifact.manifest["language"]
     try:
-        return _outputs(session) if language is None else _logits(session, language["vocab_size"])
+        if feeds is not None:
+            return _outputs(session, feeds)
+        return _logits(session, artifact.manifest["language"]["vocab_size"])
     except BitcompileError:
         raise
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         raise VerificationError(
-            f"the whole model does not run on random inputs ({runtime.one_line(error)}): "
-            "if it needs special ones, use --no-verify"
+            f"the whole model does not run: {runtime.one_line(error)}"
         ) from error
 
 
-def _outputs(session: Any) -> list[F32]:
-    feeds = {i.name: _random_input(i) for i in session.get_inputs()}
+def _outputs(session: Any, feeds: Feeds) -> list[F32]:
     return [y for y in session.run(None, feeds) if y.dtype == np.float32 and y.ndim]
 
 
@@ -501,34 +533,19 @@ def _logits(session: Any, vocabulary: int) -> list[F32]:
     return [prompt, step(session, tokens[:, -1:], caches)]
 
 
-def _random_input(declared: Any) -> Any:
-    shape = [dim if isinstance(dim, int) else 2 for dim in declared.shape]
-    if declared.type == "tensor(float)":
-        return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    kinds: dict[str, type[np.generic]] = {
-        "tensor(int64)": np.int64,
-        "tensor(int32)": np.int32,
-        "tensor(int8)": np.int8,
-        "tensor(uint8)": np.uint8,
-        "tensor(bool)": np.bool_,
-    }
-    if declared.type not in kinds:
-        raise ToolchainError(
-            f"cannot make a test input of {declared.type} for {declared.name!r}: use --no-verify"
-        )
-    return np.ones(shape, kinds[declared.type])
+_CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-def empty_caches(session: Any) -> dict[str, F32]:
+def empty_caches(session: Any) -> dict[str, npt.NDArray[Any]]:
     """The key and value inputs of a decoder session before the first token (batch 1)."""
     return {
-        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), _CACHE_TYPES[i.type])
         for i in session.get_inputs()
         if i.name.startswith("past_key_values.")
     }
 
 
-def step(session: Any, tokens: npt.NDArray[np.int64], caches: dict[str, F32]) -> F32:
+def step(session: Any, tokens: npt.NDArray[np.int64], caches: dict[str, npt.NDArray[Any]]) -> F32:
     """Feed ``tokens`` int64 ``[1, S]``: logits ``[1, S or 1, V]``; ``caches`` move on in place."""
     past = next(iter(caches.values())).shape[2] if caches else 0
     feeds: dict[str, Any] = {"input_ids": tokens, **caches}

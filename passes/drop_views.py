@@ -43,6 +43,8 @@ class DropViews(Pass):
 def _is_view(node: ir.Node) -> bool:
     if node.domain or node.op_type not in _VIEWS or node.inputs[0] is None:
         return False
+    if any(value is not None and value.dtype != ir.DataType.INT64 for value in node.inputs[1:]):
+        return False  # no shape and no axes: not what the operator takes
     return node.op_type != "Cast" or node.inputs[0].dtype == node.outputs[0].dtype
 
 
@@ -81,7 +83,7 @@ def _follow(node: ir.Node, axes: _Axes) -> _Axes | None:
         return axes
     if node.op_type == "Transpose":
         perm = node.attributes.get_ints("perm", tuple(reversed(range(len(axes)))))
-        return [axes[i] for i in perm]
+        return [axes[i] for i in perm] if sorted(perm) == list(range(len(axes))) else None
     target = edit.dims(node.outputs[0])
     return _regroup([atom for axis in axes for atom in axis], target) if target else None
 

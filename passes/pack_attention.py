@@ -76,7 +76,10 @@ class PackAttention(Rewrite[Attention]):
 
 def _heads(node: ir.Node, sizes: list[int]) -> str | None:
     """Why parts of these sizes are not whole heads that can be packed."""
-    heads, kv_heads = (node.attributes.get_int(n, 0) for n in ("num_heads", "kv_num_heads"))
+    counts = [node.attributes.get(name) for name in ("num_heads", "kv_num_heads")]
+    if any(count is None or count.type != ir.AttributeType.INT for count in counts):
+        return "num_heads and kv_num_heads are not two integers"
+    heads, kv_heads = (count.as_int() for count in counts if count is not None)
     size = sizes[0] // heads if heads else 0
     if sizes != [heads * size, kv_heads * size, kv_heads * size]:
         return f"parts of {sizes} are not {heads} query and twice {kv_heads} key heads of one size"

@@ -1,4 +1,4 @@
-"""Target android: arm64-v8a, API level 24 and newer, pages of 4 and 16 KiB; built without an NDK."""
+"""Target android: arm64-v8a, API level 24 and newer, 4 and 16 KiB pages, without an NDK."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ int main(int count, char **unused) {
   (void)unused;
   BcApi api = {{(void *)refuse}}; /* slot 0 is CreateStatus, all that opening the device calls */
   const void *state = NULL;
-  bc_device.open(&api, &state);
+  bc_device->open(&api, &state);
   const bc_variant *v = state;
   if (count > 1) return puts(v->isa) < 0;
   for (char name[NAME]; fread(name, 1, NAME, stdin) == NAME;) {

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 
-I2_S = 36
+I2_S, Q2_0 = 36, 42
 TAIL = 32
 SUB_NORMS = {
     "self_attn.attn_sub_norm": "self_attn.inner_attn_ln",
@@ -45,6 +45,25 @@ def i2s_bytes(weight: np.ndarray, scale: float, order: str) -> np.ndarray:
     return np.concatenate([packed, tail]).view(np.int8)
 
 
+def q2_bytes(weight: np.ndarray, scale: Any, columns: int) -> np.ndarray:
+    """A Q2_0 tensor of ternary ``[N, K]``, one block at a time: uint8 ``[N, bytes of a row]``."""
+    spread = np.broadcast_to(spread_scale(scale, weight.shape), weight.shape)
+    blocks = bytearray()
+    for codes, scales in zip(
+        (weight + 1).reshape(-1, columns), spread.reshape(-1, columns), strict=True
+    ):
+        blocks += np.float16(scales[0]).tobytes()
+        for i in range(0, columns, 4):
+            blocks.append(sum(int(codes[i + j]) << 2 * j for j in range(4)))
+    return np.frombuffer(bytes(blocks), np.uint8).reshape(len(weight), -1)
+
+
+def spread_scale(scale: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A scalar, or ``[N, G]``, as one float32 a weight."""
+    values = np.asarray(scale, np.float32)
+    return values if values.ndim == 0 else np.repeat(values, shape[1] // values.shape[1], axis=1)
+
+
 def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
     """Query or key rows as llama.cpp's converter stores them, one at a time."""
     D = len(rows) // heads
@@ -60,18 +79,19 @@ def write(
     path: Path,
     model: Any,
     architecture: str,
-    ternary: Mapping[str, tuple[np.ndarray, float]],
+    ternary: Mapping[str, tuple[np.ndarray, Any]],
     kind: Any = "k128",
     *,
-    table: Type = Type.F16,
+    table: Any = Type.F16,
     metadata: Callable[[gguf.GGUFWriter], None] = lambda _: None,
     extra: Mapping[str, np.ndarray] | None = None,
     edit: Callable[[str, np.ndarray], np.ndarray] = lambda _, data: data,
 ) -> Path:
     """Write ``model`` (transformers) as ``architecture``.
 
-    ``ternary``: module name to int8 ``[N, K]`` and scale. ``kind``: an order of I2_S, or a type of
-    the package. ``table``: type of the embedding. ``edit`` may change a tensor's stored bytes.
+    ``ternary``: module name to int8 ``[N, K]`` and scale, or scales ``[N, G]``. ``kind``: an order
+    of I2_S, columns of a block of Q2_0, or a type of the package. ``table``: type of the embedding.
+    ``edit`` may change a tensor's stored bytes.
     """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -148,7 +168,7 @@ def _add_ternary(
     writer: gguf.GGUFWriter,
     name: str,
     weight: np.ndarray,
-    scale: float,
+    scale: Any,
     kind: Any,
     edit: Callable[[str, np.ndarray], np.ndarray],
 ) -> None:
@@ -156,7 +176,11 @@ def _add_ternary(
         data = edit(name, i2s_bytes(weight, scale, kind))
         writer.add_tensor(name, data, raw_shape=weight.shape, raw_dtype=I2_S)
         return
-    values = weight.astype(np.float32) * np.float32(scale)
+    if type(kind) is int:
+        data = edit(name, q2_bytes(weight, scale, kind))
+        writer.add_tensor(name, data.view(np.int8), raw_shape=weight.shape, raw_dtype=Q2_0)
+        return
+    values = weight.astype(np.float32) * spread_scale(scale, weight.shape)
     if kind in (Type.F16, Type.F32):
         _add(writer, name, values, kind)
         return

@@ -46,8 +46,8 @@ class Call:
                 tag = b"o" if i in self.outputs.values() else b"b"
                 parts.append(tag + struct.pack("<q", len(data)) + data)
             else:
-                parts.append(struct.pack("<cf" if isinstance(value, float) else "<ci",
-                                         b"f" if isinstance(value, float) else b"i", value))  # fmt: skip
+                kind = "f" if isinstance(value, float) else "i"
+                parts.append(struct.pack(f"<c{kind}", kind.encode(), value))
         return b"".join(parts)
 
     def decode(self, data: memoryview) -> tuple[Arrays, memoryview]:
@@ -229,8 +229,8 @@ def linear_case(a: Arrays, group_size: int, eps: float) -> Case:
     """A norm, a quantisation and both products.
 
     ``a``: ``x`` ``[M, K]``, ``gamma``, ``weight`` ``[N, K]``, ``scale`` ``[N, G]``, ``bias``,
-    ``residual``; and the reference's ``q``, ``s``, ``norm_q``, ``norm_s``, ``acc`` (int32 ``[M, N]``
-    of q), ``y``.
+    ``residual``; and the reference's ``q``, ``s``, ``norm_q``, ``norm_s``, ``acc`` (int32
+    ``[M, N]`` of q), ``y``.
     """
     M, K = a["x"].shape
     q, s = a["q"], a["s"]

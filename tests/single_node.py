@@ -17,13 +17,15 @@ from bitcompile.custom_ops import OPS
 from bitcompile.opset import DOMAIN, IR_VERSION, ONNX_OPSET
 from bitcompile.targets import resolve
 
+CHOSEN = "BITCOMPILE_TEST_PLUGIN"
+"""Environment variable with the plugin to test."""
 NONE = np.zeros((), np.float32)
 """An absent optional input."""
 
 
 def plugin() -> Path:
     """This machine's plugin (compiled once, then from the cache), or an instrumented one."""
-    chosen = os.environ.get("BITCOMPILE_TEST_PLUGIN")
+    chosen = os.environ.get(CHOSEN)
     return Path(chosen) if chosen else resolve("native").compile()[0]
 
 

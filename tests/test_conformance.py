@@ -79,8 +79,8 @@ def test_the_best_variant_of_a_cpu_is_picked(cpu: str, isa: str) -> None:
 def test_a_variant_that_the_cpu_lacks_is_refused(cpu: str, isa: str, runs: str) -> None:
     reason = emulated(cpu).picks(isa)
     assert reason == (
-        f"bitcompile: BITCOMPILE_ISA={isa} is not a variant that this plugin has and this CPU runs; "
-        f"choose one of: {runs}"
+        f"bitcompile: BITCOMPILE_ISA={isa} is not a variant that this plugin has and this CPU "
+        f"runs; choose one of: {runs}"
     )
 
 

@@ -33,8 +33,8 @@ LLAMA3 = (
 )
 """The split of Llama 3's tokenizer, which is also that of BitNet b1.58 2B-4T."""
 LETTERS = [
-    *"abc XYZ'sStT019\n\t\r .,!?éßñ中文日本語한국어👍🏽😀",
-    *"\u00a0\u2028\u200b\u0300\u0085\x1c\x0b½²٣ǅſ",
+    *"abc XYZ'sStT019\n\t\r .,!?éßñ中文日本語한국어👍🏽😀"
+    "\u00a0\u2028\u200b\u0300\u0085\x1c\x0b½²٣ǅſ"
 ]
 PIECES = [*LETTERS, "'ll", "'RE", "<|begin_of_text|>", "<|end_of_text|>", "  ", "\n\n", " \n"]
 

@@ -36,7 +36,10 @@ from tests.checkpoints import (
 ROOT = Path(__file__).parent.parent
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
 """Widths that blocks of 256 columns divide."""
-KINDS = ("k128", "k64", "n4", Type.TQ2_0, Type.TQ1_0, Type.F16, Type.F32)
+KINDS = ("k128", "k64", "n4", Type.TQ2_0, Type.TQ1_0, 64, 128, Type.F16, Type.F32)
+"""Orders of I2_S, types of the package, and columns of a block of Q2_0."""
+GROUPS = {Type.TQ2_0: 256, Type.TQ1_0: 256, 64: 64, 128: 128, Type.F16: 128, Type.F32: 32}
+"""Columns that share a scale in the group-scaled weights of a type."""
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -129,6 +132,96 @@ def test_logits_are_those_of_transformers(architecture: str, tmp_path: Path) -> 
     assert cosine(np.concatenate(measured, axis=1), expected) >= 0.9999
 
 
+def grouped(model: Any, columns: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The ternary layers of ``model`` with a float16 scale a row and group; one group is zero."""
+    rng = np.random.default_rng(columns)
+    result = {}
+    for name, (weight, _) in gguf_files.ternary_of(model).items():
+        N, K = weight.shape
+        scale = rng.uniform(0.01, 0.2, (N, K // columns)).astype(np.float16).astype(np.float32)
+        scale[0, 0] = 0
+        weight[0, :columns] = 0
+        result[name] = weight, scale
+    return result
+
+
+@pytest.mark.parametrize("kind", GROUPS, ids=str)
+def test_scales_of_groups_are_kept(base: tuple[Path, Any], tmp_path: Path, kind: Any) -> None:
+    """Blocks of a row with scales of their own: the same floats, and the same int32 products."""
+    ternary = grouped(base[1], GROUPS[kind])
+    path = tmp_path / "m.gguf"
+    gguf_files.write(path, base[1], "bitnet-b1.58", ternary, kind)
+    converted = weights(path, kind)
+    rng = np.random.default_rng(0)
+    for name, (weight, scale) in ternary.items():
+        N, K = weight.shape
+        packed = converted.ternary(name, N, K)
+        assert packed.group_size == (0 if GROUPS[kind] == K else GROUPS[kind])
+        assert (packed.ternary() == weight).all()
+        assert (packed.scale == scale).all()
+        q, _ = numerics.quantize_activations(rng.standard_normal((3, K)).astype(np.float32))
+        for begin in range(0, K, GROUPS[kind]):
+            span = slice(begin, begin + GROUPS[kind])
+            expected = q[:, span].astype(np.int32) @ weight[:, span].T.astype(np.int32)
+            assert (
+                numerics.integer_matmul(q[:, span], packed.ternary()[:, span]) == expected
+            ).all()
+
+
+def test_rows_move_with_the_scales_of_their_groups(tmp_path: Path) -> None:
+    """llama.cpp's order of query and key rows, undone for codes and scales alike."""
+    model = checkpoint(tmp_path / "hf", "LlamaForCausalLM", {"num_hidden_layers": 1})
+    ternary = grouped(model, 64)
+    stored = {
+        name: (weight, gguf_files.permuted(scale, 2 if "k_proj" in name else 4))
+        if name.endswith(("q_proj", "k_proj"))
+        else (weight, scale)
+        for name, (weight, scale) in ternary.items()
+    }
+    gguf_files.write(tmp_path / "m.gguf", model, "llama", stored, 64)
+    converted = weights(tmp_path / "m.gguf", 64)
+    for name, (weight, scale) in ternary.items():
+        packed = converted.ternary(name, *weight.shape)
+        assert (packed.ternary() == weight).all()
+        assert (packed.scale == scale).all()
+
+
+def test_tables_may_be_of_q2_0(base: tuple[Path, Any], tmp_path: Path) -> None:
+    """A table may use code 3, twice the scale; a ternary weight may not."""
+    weight = np.random.default_rng(0).integers(-1, 3, (97, 256)).astype(np.int8)
+    data = gguf_files.q2_bytes(weight, 0.25, 128)
+    values = gguf_ternary.block_values("table", "Q2_0 g128", data.reshape(-1), weight.shape)
+    assert (values == weight * np.float32(0.25)).all()
+    with pytest.raises(InputError, match="w is not ternary: a packed code is 3"):
+        gguf_ternary.block_weight("w", "Q2_0 g128", data.reshape(-1), *weight.shape)
+
+
+def test_q2_0_that_fits_both_block_sizes_is_refused(base: tuple[Path, Any], tmp_path: Path) -> None:
+    """One tensor whose two sizes lie within one padding step, 128 values: 36 or 34 bytes."""
+    ternary = {"x": np.ones((1, 128), np.int8)}
+    data = gguf_files.q2_bytes(ternary["x"], 1.0, 64)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("x", data.view(np.int8), raw_shape=(1, 128), raw_dtype=gguf_files.Q2_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match="too few to be told as blocks of 64 or of 128"):
+        GgufFile(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize(("number", "name"), [(142, "PQ2_0"), (143, "PTQ1_0")])
+def test_types_of_rotated_models_are_refused(
+    base: tuple[Path, Any], tmp_path: Path, number: int, name: str
+) -> None:
+    path = write(base, tmp_path / "m.gguf", Type.TQ2_0)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"blk.0.attn_q.weight") + len("blk.0.attn_q.weight") + 4 + 16
+    data[at : at + 4] = number.to_bytes(4, "little")
+    path.write_bytes(data)
+    refused(path, f"attn_q.weight is {name}, whose models may need rotated activations")
+
+
 def test_unpermuted_undoes_the_converter() -> None:
     rows = np.arange(5 * 8 * 3).reshape(40, 3)
     stored = gguf_files.permuted(rows, 5)
@@ -186,7 +279,7 @@ def test_the_order_of_trained_weights_is_found(order: str) -> None:
 
 def test_the_order_of_random_weights_is_asked_for(base: tuple[Path, Any], tmp_path: Path) -> None:
     path = write(base, tmp_path / "m.gguf")
-    refused(path, r"do not say in which order.*set BITCOMPILE_I2S_ORDER.*k128.*k64.*n4")
+    refused(path, r"do not say in which order.*give --i2s-order.*k128.*k64.*n4")
 
 
 def test_shuffled_units_are_not_taken_for_an_order() -> None:
@@ -210,15 +303,15 @@ def test_a_width_of_64_columns_tells_the_order() -> None:
         gguf_order.i2s_order([(32, 100)], [])
 
 
-def test_the_order_can_be_given(
-    base: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_order_can_be_given(base: tuple[Path, Any], tmp_path: Path) -> None:
     path = write(base, tmp_path / "m.gguf", "k64")
-    monkeypatch.setenv("BITCOMPILE_I2S_ORDER", "k64")
-    stopped(path)
-    monkeypatch.setenv("BITCOMPILE_I2S_ORDER", "arm")
+    stopped(path, "k64")
+    with pytest.raises(UsageError, match=r"i2s_order must be one of k128, k64, n4, not arm"):
+        bitcompile.build(path, out=tmp_path / "out", i2s_order="arm")
+    with pytest.raises(UsageError, match=r"i2s_order belongs to \.gguf files"):
+        bitcompile.build(base[0], out=tmp_path / "out", i2s_order="k64")
     with pytest.raises(UsageError, match="order 'arm' is not one of k128, k64, n4"):
-        load(str(path))
+        load(str(path), order="arm")
 
 
 # --- tokenizers ---------------------------------------------------------------------------------
@@ -459,24 +552,14 @@ def test_refuses_a_byte_that_is_no_trits(
     refused(path, "is not ternary: a byte stands for no five trits")
 
 
-def test_refuses_blocks_of_different_scales(base: tuple[Path, Any], tmp_path: Path) -> None:
-    def edit(name: str, data: np.ndarray) -> np.ndarray:
-        if name == "blk.0.ffn_down.weight":  # two blocks a row
-            data[7, -2:] = np.frombuffer(np.float16(0.5).tobytes(), np.uint8)
-        return data
-
-    path = write(base, tmp_path / "m.gguf", Type.TQ2_0, edit=edit)
-    refused(path, "blk.0.ffn_down.weight has different scales in the 256-column blocks of a row")
-
-
 def test_a_block_of_zeros_takes_the_scale_of_its_row() -> None:
     values = np.zeros((2, 512), np.float32)
     values[0, :3] = 0.25, -0.25, 0.25
     for kind in (Type.TQ1_0, Type.TQ2_0):
         raw = gguf.quants.quantize(values, kind).reshape(-1)
-        codes, scale = gguf_ternary.tq_weight("w", kind.name, raw, 2, 512)
-        assert (scale == [[0.25], [0.0]]).all()
-        assert ((codes.astype(np.float32) - 1) * scale == values).all()
+        packed = gguf_ternary.block_weight("w", kind.name, raw, 2, 512)
+        assert (packed.scale == [[0.25], [0.0]]).all()
+        assert (packed.ternary() * packed.scale == values).all()
 
 
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -1.0])
@@ -495,7 +578,7 @@ def test_refuses_weights_that_are_not_ternary(base: tuple[Path, Any], tmp_path: 
     weight[3, 4] = 2
     path = tmp_path / "m.gguf"
     gguf_files.write(path, base[1], "bitnet-b1.58", {**ternary, name: (weight, scale)}, Type.F32)
-    refused(path, "attn_k.weight is not ternary: its magnitudes are not 0 and one other")
+    refused(path, "attn_k.weight is not ternary: its values are not -s, 0 and s with one s a row")
 
 
 def removing(name: str) -> Any:

@@ -141,8 +141,8 @@ def test_a_differing_whole_model_is_found(
 ) -> None:
     real = verification._evaluate
 
-    def noisy(artifact: Artifact, plugin: bool) -> Any:
-        results = real(artifact, plugin=False)
+    def noisy(artifact: Artifact, feeds: Any, plugin: bool = True) -> Any:
+        results = real(artifact, feeds, plugin=False)
         noise = np.random.default_rng(0).standard_normal(results[0].shape).astype(np.float32)
         return [results[0] + (noise if plugin else 0), *results[1:]]
 

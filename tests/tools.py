@@ -28,6 +28,13 @@ def program(name: str) -> str:
     return str(path)
 
 
+def cuda_compiler() -> None:
+    """nvcc, or NVIDIA's compiler from PyPI."""
+    from bitcompile.targets.tir.cuda.compiler import missing_compiler
+
+    require("a CUDA compiler", missing_compiler() is None)
+
+
 def onnxruntime_headers() -> Path:
     """Folder with the real ONNX Runtime C headers."""
     folder = Path(os.environ.get("BITCOMPILE_ORT_HEADERS", "/usr/include/onnxruntime"))

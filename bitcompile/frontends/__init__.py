@@ -22,14 +22,18 @@ def load(
     *,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
+    i2s_order: str | None = None,
 ) -> Imported:
     """Convert ``model`` to the portable form.
 
     A torch module with ``example_inputs`` (see :func:`bitcompile.frontends.module.load`), a
     ``MODULE:FACTORY`` that makes both, a path to an ``.onnx`` or ``.gguf`` file, or a Hugging Face
-    checkpoint: a directory or hub id. Raises UsageError for an option the model does not have,
-    and what the front end raises.
+    checkpoint: a directory or hub id. ``i2s_order``: the order of I2_S codes where a ``.gguf`` file
+    cannot tell it. Raises UsageError for an option the model does not have, and what the front end
+    raises.
     """
+    if i2s_order is not None and not _is_gguf(model):
+        raise UsageError("i2s_order belongs to .gguf files: leave it out")
     if factory.is_module(model):
         return _module(model, context, progress, example_inputs, dynamic_shapes)
     if not isinstance(model, str | Path):
@@ -48,7 +52,7 @@ def load(
         made = factory.make(source)
         return _module(made.module, context, progress, made.example_inputs, made.dynamic_shapes)
     if path.suffix in (".onnx", ".gguf") and not path.is_dir():
-        return _file(path, context, progress)
+        return _file(path, context, progress, i2s_order)
     from bitcompile.frontends import huggingface
 
     return huggingface.load(source, context, progress)
@@ -80,13 +84,17 @@ def _module(
     return front_end.load(module, example_inputs, shapes, progress=progress)
 
 
-def _file(path: Path, context: int | None, progress: Progress) -> Imported:
+def _is_gguf(model: Any) -> bool:
+    return isinstance(model, str | Path) and Path(model).suffix == ".gguf"
+
+
+def _file(path: Path, context: int | None, progress: Progress, i2s_order: str | None) -> Imported:
     if not path.is_file():
         raise InputError(f"no file {path}: check the name")
     if path.suffix == ".gguf":
         from bitcompile.frontends import gguf
 
-        return gguf.load(str(path), context, progress)
+        return gguf.load(str(path), context, progress, order=i2s_order)
     from bitcompile.frontends import foreign
 
     _refuse_context(context, "an .onnx file")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitcompile.errors import InputError
+from bitcompile.frontends.exact import RULE, exactly_ternary
 from bitcompile.numerics import quantize_weight_absmean
 from bitcompile.packing import PORTABLE, PackedTernary
 
@@ -209,6 +210,8 @@ class WeightForm:
     use_rms_norm: bool
     rms_norm_eps: float
     modules_to_not_convert: tuple[str, ...] | None
+    exact: bool = False
+    """Floats ``[N, K]`` that are ternary as they stand (:mod:`bitcompile.frontends.exact`)."""
 
     @classmethod
     def master(cls) -> WeightForm:
@@ -217,13 +220,15 @@ class WeightForm:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> WeightForm:
-        """The form a configuration declares; raises InputError if it is unknown or ambiguous."""
+        """The form a configuration declares, of floats that are ternary as they stand if none.
+
+        Raises InputError if it is unknown or ambiguous.
+        """
         quantization = config.get("quantization_config")
+        if quantization is None:
+            return replace(cls.master(), exact=True)
         if not isinstance(quantization, dict):
-            raise InputError(
-                f"{CONFIG} has no quantization_config: only ternary checkpoints "
-                "(quant_method 'bitnet') can be compiled"
-            )
+            raise InputError(f"quantization_config is {quantization!r} in {CONFIG}: correct it")
         method = quantization.get("quant_method")
         if method != "bitnet":
             raise InputError(f"quant_method {method!r} is not supported; supported: 'bitnet'")
@@ -265,6 +270,11 @@ class WeightForm:
         Raises InputError if it is missing, not in this form, or not ternary.
         """
         weight, scale = f"{module}.weight", f"{module}.weight_scale"
+        if self.exact and not checkpoint.is_float(weight):
+            raise InputError(
+                f"{weight} is packed and {CONFIG} has no quantization_config, which says how its "
+                "scale is meant: complete the configuration"
+            )
         if checkpoint.is_float(weight) == self.packed:
             stored, declared = ("packed", "float") if not self.packed else ("float", "packed")
             raise InputError(
@@ -281,7 +291,15 @@ class WeightForm:
         master = checkpoint.floats(weight, (N, K)).float().numpy()
         if not np.isfinite(master).all():
             raise InputError(f"{weight} holds NaN or Inf: the checkpoint is damaged")
-        return PackedTernary.pack(*quantize_weight_absmean(master))
+        if not self.exact:
+            return PackedTernary.pack(*quantize_weight_absmean(master))
+        packed = exactly_ternary(master)
+        if packed is None:
+            raise InputError(
+                f"{weight} is not ternary ({RULE}) and {CONFIG} has no quantization_config: only "
+                "ternary checkpoints (quant_method 'bitnet', or such floats) can be compiled"
+            )
+        return packed
 
     def read_bias(self, checkpoint: Checkpoint, module: str, weight: PackedTernary) -> Any:
         """The bias of a layer as it is added last: a float32 torch tensor ``[N]``.

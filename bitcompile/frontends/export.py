@@ -31,7 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from bitcompile.custom_ops.bit_linear import BIT_LINEAR
 from bitcompile.errors import BitcompileError, InputError
-from bitcompile.opset import DOMAIN, IR_VERSION, ONNX_OPSET, VERSION
+from bitcompile.opset import DOMAIN, IR_VERSION, ONNX_OPSET, VERSION, Attribute
 from bitcompile.packing import PackedTernary
 
 ATTENTION = "bitcompile_gqa"
@@ -58,7 +58,10 @@ class TernaryLinear(nn.Module):  # type: ignore[misc]  # torch is untyped here
     ) -> None:
         super().__init__()
         self.N, self.K = weight.shape
-        self.layout = weight.layout.id
+        self.attributes: dict[str, Attribute] = {
+            "layout": weight.layout.id,
+            "group_size": weight.group_size,
+        }
         self.weight = nn.Buffer(torch.from_numpy(weight.data))
         self.weight_scale = nn.Buffer(torch.from_numpy(weight.scale))
         self.bias = absent if bias is None else nn.Buffer(bias)
@@ -70,7 +73,7 @@ class TernaryLinear(nn.Module):  # type: ignore[misc]  # torch is untyped here
         if self.rms_norm is not None:
             x = self.rms_norm(x)
         inputs = (x, self.weight, self.weight_scale, self.bias, self.absent)
-        return BIT_LINEAR.symbolic(*inputs, K=self.K, N=self.N, layout=self.layout)
+        return BIT_LINEAR.symbolic(*inputs, K=self.K, N=self.N, **self.attributes)
 
 
 class Table(nn.Module):  # type: ignore[misc]  # torch is untyped here

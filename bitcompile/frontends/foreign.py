@@ -28,6 +28,12 @@ OLDEST_OPSET = 17
 """Oldest ONNX opset that is read; the newest is the one we write."""
 SMALL = 1 << 16
 """Bytes of external data that are read at once; larger tensors stay in their file."""
+LARGEST_SIZE = (1 << 31) - 1
+"""Size of a dimension: our kernels count in int32."""
+LARGEST_INTEGER_SIZE = 1 << 20
+"""The same of a value of integers: shape inference follows those of vectors one by one."""
+VECTORS = {"bias": "N", "gamma": "K", "gamma_in": "K", "gamma_sub": "F"}
+"""Inputs of our operators that are vectors, or rank-0 zeros, to the attribute of their length."""
 Progress = Callable[[str], None]
 
 
@@ -250,8 +256,23 @@ def convert(model: ir.Model, name: str) -> None:
             f"{name}: {what} fails ({reason}): export it with opset_version={ONNX_OPSET}"
         )
     model.ir_version = IR_VERSION
+    _check_sizes(model, name)
     with _refusing(name, "shapes"), notes("onnx_ir"):
         common.ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+
+
+def _check_sizes(model: ir.Model, name: str) -> None:
+    """Raise InputError for a declared size that shape inference would never come through."""
+    for graph in [model.graph, *model.graph.subgraphs()]:
+        for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
+            integers = value.dtype is not None and value.dtype.name in ("INT32", "INT64")
+            limit = LARGEST_INTEGER_SIZE if integers else LARGEST_SIZE
+            sizes = [size for size in value.shape or () if isinstance(size, int)]
+            if max(sizes, default=0) > limit:
+                raise InputError(
+                    f"{name}: {value.name!r} is declared of {max(sizes)} elements along one axis: "
+                    "damaged, export it again"
+                )
 
 
 @contextlib.contextmanager
@@ -284,14 +305,26 @@ def _check_own_nodes(model: ir.Model) -> None:
             raise InputError(f"{node.name}: {DOMAIN} has no operator {node.op_type!r}")
         attributes = op.complete({name: a.value for name, a in node.attributes.items()})
         inputs = op.named(node.inputs)
+        for name in VECTORS.keys() & inputs.keys():
+            value, length = inputs[name], attributes[VECTORS[name]]
+            tensor = value.const_value if value is not None else None
+            if tensor is None or tensor.shape.numpy() == (length,):
+                continue
+            if tensor.shape.numpy() != () or tensor.numpy() != 0:
+                raise InputError(
+                    f"{node.name}: {name} {value.name!r} is {list(tensor.shape.numpy())}, neither "
+                    f"[{length}] nor a zero that says it is absent: export it again"
+                )
         for weight in op.weights:
             with _refusing(str(node.name), "its sizes"):
                 N, K = weight.shape(attributes)
-                shape = layout(str(attributes["layout"])).shape(N, K)
-            data = inputs[weight.data]
-            tensor = data.const_value if data is not None else None
-            if tensor is not None and tuple(tensor.shape.numpy()) != shape:
-                raise InputError(
-                    f"{node.name}: weight {data.name!r} is {list(tensor.shape.numpy())}; layout "
-                    f"{attributes['layout']} of [{N}, {K}] is {list(shape)}: export it again"
-                )
+                stored, size = layout(str(attributes["layout"])), int(attributes["group_size"])
+                shapes = stored.shape(N, K), stored.scale_shape(N, K, size)
+            for name, shape in zip((weight.data, weight.scale), shapes, strict=True):
+                value = inputs[name]
+                tensor = value.const_value if value is not None else None
+                if tensor is not None and tuple(tensor.shape.numpy()) != shape:
+                    raise InputError(
+                        f"{node.name}: {name} {value.name!r} is {list(tensor.shape.numpy())}; "
+                        f"layout {stored.id} of [{N}, {K}] is {list(shape)}: export it again"
+                    )

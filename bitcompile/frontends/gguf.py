@@ -9,11 +9,10 @@ norms are any type the ``gguf`` package dequantises.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from bitcompile.frontends.assembly import (
     require_packages,
 )
 from bitcompile.frontends.checkpoint import WeightForm
-from bitcompile.frontends.gguf_order import ORDER_VARIABLE, Layer, i2s_order
+from bitcompile.frontends.gguf_order import Layer, i2s_order
 from bitcompile.model import Imported
 from bitcompile.packing import PackedTernary
 
@@ -111,15 +110,13 @@ def load(
 ) -> Imported:
     """Convert the GGUF file ``path`` to portable ONNX, as ``huggingface.load`` does a checkpoint.
 
-    ``order``: one of ``gguf_ternary.I2S_ORDERS``, where the file cannot tell; default the
-    environment variable ``BITCOMPILE_I2S_ORDER``. The tokenizer's files are temporary: they exist
-    as long as the result's ``language``. Raises InputError for a file that is damaged, not
-    supported or ambiguous, UsageError for a context the model does not have or an unknown order,
-    ToolchainError if the packages of ``bitcompile[build]`` are missing.
+    ``order``: one of ``gguf_ternary.I2S_ORDERS``, where the file cannot tell. The tokenizer's files
+    are temporary: they exist as long as the result's ``language``. Raises InputError for a file
+    that is damaged, not supported or ambiguous, UsageError for a context the model does not have or
+    an unknown order, ToolchainError if the packages of ``bitcompile[build]`` are missing.
     """
     report = progress or (lambda _: None)
     require_packages("gguf")
-    order = order or os.environ.get(ORDER_VARIABLE)
     if order is not None and order not in gguf_ternary.I2S_ORDERS:
         raise UsageError(f"I2_S order {order!r} is not one of {', '.join(gguf_ternary.I2S_ORDERS)}")
     folder = Path(tempfile.mkdtemp(prefix="bitcompile-"))
@@ -291,14 +288,14 @@ class GgufWeights:
         tensor = self.file.tensors[name]
         if tensor.type_name == "I2_S":
             order = self._i2s_order()
-            codes, scale = gguf_ternary.i2s_weight(name, self.file.raw(name), N, K, order)
-        elif tensor.type_name in gguf_ternary.BLOCK_BYTES:
+            packed = gguf_ternary.i2s_weight(name, self.file.raw(name), N, K, order)
+        elif tensor.type_name in gguf_ternary.BLOCKS:
             raw = self.file.raw(name)
-            codes, scale = gguf_ternary.tq_weight(name, tensor.type_name, raw, N, K)
+            packed = gguf_ternary.block_weight(name, tensor.type_name, raw, N, K)
         else:
-            codes, scale = gguf_ternary.float_weight(name, self.file.floats(name))
-        scale = scale * self._extra_scale(name)
-        return gguf_ternary.packed(self._rows(module, codes), scale)
+            packed = gguf_ternary.float_weight(name, self.file.floats(name))
+        scale = self._rows(module, packed.scale) * self._extra_scale(name)
+        return replace(packed, data=self._rows(module, packed.data), scale=scale)
 
     def bias(self, module: str, weight: PackedTernary) -> Any:
         """See ``assembly.Weights``."""

@@ -18,9 +18,14 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueTy
 from gguf.quants import dequantize
 
 from bitcompile.errors import InputError
+from bitcompile.frontends.gguf_ternary import BLOCKS, block_values
 
 I2_S = 36
 """Type id of bitnet.cpp's I2_S (``GGML_TYPE_I2_S``); the package does not know it."""
+Q2_0 = 42
+"""Type id of llama.cpp's Q2_0, and of its fork's other Q2_0; the package (0.19) knows neither."""
+ROTATED = {142: "PQ2_0", 143: "PTQ1_0"}
+"""Type ids of that fork whose models may rotate activations first, which the type does not say."""
 I2_S_SCALE = 4
 """Bytes of the float32 scale behind the codes of an I2_S tensor; its tail goes on as padding."""
 LONGEST_ARRAY = 1 << 22
@@ -38,12 +43,16 @@ class Tensor:
     type: int
     begin: int
     nbytes: int
+    columns: int = 0
+    """Columns of a block of Q2_0."""
 
     @property
     def type_name(self) -> str:
-        """The type as GGUF calls it."""
+        """The type as GGUF calls it; for Q2_0 with the columns of a block."""
         if self.type == I2_S:
             return "I2_S"
+        if self.type == Q2_0:
+            return f"Q2_0 g{self.columns}"
         return GGMLQuantizationType(self.type).name
 
 
@@ -69,7 +78,10 @@ class _Reader(GGUFReader):
         for field in fields:
             _, name, _, dims, kind, offset = field.parts
             begin = int(start_offs) + int(offset[0])
-            self.infos.append((bytes(name).decode(), dims.tolist(), int(kind[0]), begin))
+            text = bytes(name).decode()
+            if not text.isprintable():
+                raise ValueError("a tensor has a name that cannot be printed")
+            self.infos.append((text, dims.tolist(), int(kind[0]), begin))
 
 
 class GgufFile:
@@ -93,17 +105,23 @@ class GgufFile:
         if reader.byte_order != "I":
             raise InputError(f"{self.name} is big-endian: convert the model again")
         self._data: Bytes = reader.data
+        self._alignment = int(reader.alignment)
         self.tensors = self._place(reader.infos)
 
     def _place(self, infos: list[tuple[str, list[int], int, int]]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
+        columns = self._q2_columns(infos)
         for name, dims, kind, begin in infos:
             if name in tensors:
                 raise InputError(f"{self.name} holds {name} twice: convert the model again")
             shape = tuple(reversed(dims))
             if not 1 <= len(shape) <= 4 or min(shape) < 1:
                 raise InputError(f"{name} has shape {list(shape)}: damaged file, download it again")
-            tensors[name] = Tensor(name, shape, kind, begin, _nbytes(name, shape, kind))
+            if kind == Q2_0:
+                nbytes = _blocks_nbytes(shape, columns)
+                tensors[name] = Tensor(name, shape, kind, begin, nbytes, columns)
+            else:
+                tensors[name] = Tensor(name, shape, kind, begin, _nbytes(name, shape, kind))
         end = len(self._data)
         for tensor in sorted(tensors.values(), key=lambda t: t.begin, reverse=True):
             if tensor.begin + tensor.nbytes > end:
@@ -113,6 +131,34 @@ class GgufFile:
                 )
             end = tensor.begin
         return tensors
+
+    def _q2_columns(self, infos: list[tuple[str, list[int], int, int]]) -> int:
+        """Columns of a block of Q2_0 in this file, 0 if it has none.
+
+        Two formats share the type id. Tensors follow each other, each padded to the file's
+        alignment, so that the distance to the next one tells; raises InputError if it tells
+        neither or both.
+        """
+        found = {64, 128} if any(kind == Q2_0 for _, _, kind, _ in infos) else {0}
+        begins = [*sorted(begin for *_, begin in infos), len(self._data)]
+        for _, dims, kind, begin in infos:
+            if kind != Q2_0:
+                continue
+            span = next((b for b in begins if b > begin), begin) - begin
+            shape = tuple(reversed(dims))
+            found = {
+                columns
+                for columns in found
+                if min(shape, default=0) > 0
+                and shape[-1] % columns == 0
+                and 0 <= span - _blocks_nbytes(shape, columns) < self._alignment
+            }
+        if len(found) != 1:
+            raise InputError(
+                f"the Q2_0 tensors of {self.name} are {'not all' if not found else 'too few to be'}"
+                " told as blocks of 64 or of 128 columns: damaged, or convert the model to TQ2_0"
+            )
+        return found.pop()
 
     def raw(self, name: str) -> Bytes:
         """The bytes of a tensor, mapped."""
@@ -128,6 +174,8 @@ class GgufFile:
             return self.raw(name).view(np.float16).reshape(tensor.shape)
         if tensor.type == GGMLQuantizationType.F32:
             return self.raw(name).view(np.float32).reshape(tensor.shape)
+        if tensor.type_name in BLOCKS:
+            return block_values(name, tensor.type_name, self.raw(name), tensor.shape)
         try:
             rows = self.raw(name).reshape(math.prod(tensor.shape[:-1]), -1)
             values = dequantize(rows, GGMLQuantizationType(tensor.type))
@@ -139,6 +187,11 @@ class GgufFile:
         return np.asarray(values, np.float32).reshape(tensor.shape)
 
 
+def _blocks_nbytes(shape: tuple[int, ...], columns: int) -> int:
+    """Bytes of a tensor of Q2_0."""
+    return math.prod(shape) // columns * BLOCKS[f"Q2_0 g{columns}"].nbytes
+
+
 def _nbytes(name: str, shape: tuple[int, ...], kind: int) -> int:
     """Bytes that hold the values of a tensor; raises InputError for a type that is not known."""
     count = math.prod(shape)
@@ -146,12 +199,17 @@ def _nbytes(name: str, shape: tuple[int, ...], kind: int) -> int:
         if count % 4:
             raise InputError(f"{name} has {count} values, I2_S holds four a byte: damaged file")
         return count // 4 + I2_S_SCALE
+    if kind in ROTATED:
+        raise InputError(
+            f"{name} is {ROTATED[kind]}, whose models may need rotated activations: use the "
+            "model's Q2_0 file or its unpacked checkpoint"
+        )
     try:
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     except ValueError:
         raise InputError(
             f"{name} is of type {kind}, which this version of the gguf package does not know: "
-            "convert the model to I2_S, TQ1_0 or TQ2_0"
+            "convert the model to I2_S, TQ1_0, TQ2_0 or Q2_0"
         ) from None
     if shape[-1] % block:
         raise InputError(f"{name} has {shape[-1]} columns, its type blocks of {block}: damaged")

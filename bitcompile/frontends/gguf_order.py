@@ -30,8 +30,6 @@ from bitcompile.frontends.gguf_ternary import I2S_ORDERS, i2s_codes, i2s_fits
 Bytes = npt.NDArray[np.uint8]
 Counts = npt.NDArray[np.float64]
 
-ORDER_VARIABLE = "BITCOMPILE_I2S_ORDER"
-"""Environment variable that names the order where the file cannot tell."""
 MARGIN = 100.0
 """Least difference of S: 10 standard deviations of what 24 unrelated pairs give by chance."""
 CENTRED = 128
@@ -65,7 +63,7 @@ def i2s_order(shapes: Sequence[tuple[int, int]], layers: Sequence[Layer]) -> str
         known = "; ".join(f"{order} = {I2S_ORDERS[order]}" for order in possible)
         raise InputError(
             "I2_S files do not say in which order their codes lie, and the weights do not tell: "
-            f"set {ORDER_VARIABLE} to that of the machine that wrote the file ({known})"
+            f"give --i2s-order as the machine that wrote the file has it ({known})"
         )
     return best
 

@@ -1,4 +1,4 @@
-"""The ternary weight types of GGUF files, to codes and scales.
+"""The ternary weight types of GGUF files, to packed weights.
 
 A code is ``w + 1``. Each type's bytes (bitnet.cpp ``src/ggml-bitnet-mad.cpp``; llama.cpp
 ``ggml-quants.c``, and the ``gguf`` package's ``quants.py``):
@@ -11,16 +11,23 @@ A code is ``w + 1``. Each type's bytes (bitnet.cpp ``src/ggml-bitnet-mad.cpp``; 
 - **TQ1_0**: blocks of 256 columns; 32 bytes of five trits (column p + 32 i), 16 of five
   (160 + p + 16 i), 4 of four (240 + p + 4 i); then an fp16 scale. Base 3, most significant trit
   first, stored as ``ceil(256 v / 243)``.
+- **Q2_0**: blocks of 64 columns (llama.cpp) or 128 (the fork it comes from, under the same type
+  id); an fp16 scale, then four consecutive columns a byte, low bits first. Code 3 stands for
+  2 x scale, which a table may hold and a ternary weight does not.
+
+Blocks that share their row's scale become one scale a row, others group-scaled weights.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from bitcompile.errors import InputError
+from bitcompile.frontends.exact import RULE, exactly_ternary
 from bitcompile.packing import PORTABLE, PackedTernary
 
 Bytes = npt.NDArray[np.uint8]
@@ -36,9 +43,32 @@ _I2S_BLOCK = {"k128": 128, "k64": 64, "n4": 128}
 """Columns a kernel of bitnet.cpp takes at once: K is a multiple."""
 _SHIFTS = np.array([6, 4, 2, 0], np.uint8)
 
-BLOCK = 256
-"""Columns of a block of TQ1_0 and TQ2_0."""
-BLOCK_BYTES = {"TQ1_0": 54, "TQ2_0": 66}
+
+@dataclass(frozen=True)
+class Block:
+    """Columns of a block, its bytes, and where in them its fp16 scale lies."""
+
+    columns: int
+    nbytes: int
+    scale: int
+
+    def scales(self, blocks: Bytes) -> F32:
+        """float32 ``[blocks]`` of their bytes ``[blocks, nbytes]``."""
+        stored = np.ascontiguousarray(blocks[:, self.scale : self.scale + 2])
+        return stored.view(np.float16)[:, 0].astype(np.float32)
+
+    def data(self, blocks: Bytes) -> Bytes:
+        """Their bytes without the scales."""
+        return np.delete(blocks, (self.scale, self.scale + 1), axis=1)
+
+
+BLOCKS = {
+    "TQ1_0": Block(256, 54, 52),
+    "TQ2_0": Block(256, 66, 64),
+    "Q2_0 g64": Block(64, 18, 0),
+    "Q2_0 g128": Block(128, 34, 0),
+}
+"""The types made of blocks by ``gguf_file.Tensor.type_name``: of Q2_0 with its columns."""
 
 
 def i2s_fits(N: int, K: int, order: str) -> bool:
@@ -53,43 +83,56 @@ def i2s_codes(data: Bytes, N: int, K: int, order: str) -> Bytes:
     return fields.reshape(N, K)
 
 
-def i2s_weight(name: str, raw: Bytes, N: int, K: int, order: str) -> tuple[Bytes, F32]:
-    """Codes ``[N, K]`` and scales ``[N, 1]`` of an I2_S tensor; InputError if it holds a code 3."""
+def i2s_weight(name: str, raw: Bytes, N: int, K: int, order: str) -> PackedTernary:
+    """The weight an I2_S tensor holds; raises InputError if it holds a code 3."""
     if not i2s_fits(N, K, order):
         raise InputError(
             f"{name} is [{N}, {K}], which I2_S order {order!r} cannot hold "
             f"({I2S_ORDERS[order]}): give another order"
         )
     codes = i2s_codes(raw[: N * K // 4], N, K, order)
-    scale = raw[N * K // 4 :][:4].view(np.float32)[0]
+    scale = raw[N * K // 4 :][:4].view(np.float32)
     _check(name, codes, scale)
-    return codes, np.full((N, 1), scale, np.float32)
+    return _packed(codes, np.full((N, 1), scale[0], np.float32), 0)
 
 
-def tq_weight(name: str, type_name: str, raw: Bytes, N: int, K: int) -> tuple[Bytes, F32]:
-    """Codes ``[N, K]`` and scales ``[N, 1]`` of a TQ1_0 or TQ2_0 tensor.
+def block_weight(name: str, type_name: str, raw: Bytes, N: int, K: int) -> PackedTernary:
+    """The weight that a tensor of one of :data:`BLOCKS` holds.
 
-    Blocks of zeros have scale 0 and take that of their row. Raises InputError if a code is not
-    ternary, or if the blocks of a row have different scales.
+    Blocks of zeros have scale 0 and take that of their row, if its others share one. Raises
+    InputError if a code is not ternary.
     """
-    blocks = raw.reshape(-1, BLOCK_BYTES[type_name])
-    codes = (_tq1_codes if type_name == "TQ1_0" else _tq2_codes)(name, blocks[:, :-2])
-    scale = np.ascontiguousarray(blocks[:, -2:]).view(np.float16).astype(np.float32)
+    block = BLOCKS[type_name]
+    codes, scale = _block_codes(name, type_name, raw)
     _check(name, codes, scale)
-    codes[scale[:, 0] == 0] = 1  # whatever is multiplied by 0
-    codes, scale = codes.reshape(N, K), scale.reshape(N, K // BLOCK)
+    codes[scale == 0] = 1  # whatever is multiplied by 0
+    codes, scale = codes.reshape(N, K), scale.reshape(N, K // block.columns)
     row = scale.max(axis=1, keepdims=True)
     if ((scale != row) & (scale != 0)).any():
-        raise InputError(
-            f"{name} has different scales in the {BLOCK}-column blocks of a row: "
-            f"{type_name} is supported where a row has one scale, as BitNet models have"
-        )
-    return codes, row
+        return _packed(codes, scale, block.columns)
+    return _packed(codes, row, 0)
+
+
+def block_values(name: str, type_name: str, raw: Bytes, shape: tuple[int, ...]) -> F32:
+    """The float32 values of a tensor of one of :data:`BLOCKS`, which need not be ternary."""
+    codes, scale = _block_codes(name, type_name, raw)
+    return ((codes.astype(np.float32) - 1) * scale[:, None]).reshape(shape)
+
+
+def _block_codes(name: str, type_name: str, raw: Bytes) -> tuple[Bytes, F32]:
+    """Codes uint8 ``[blocks, columns]`` and scales ``[blocks]``."""
+    block = BLOCKS[type_name]
+    blocks = raw.reshape(-1, block.nbytes)
+    return _CODES[type_name.split()[0]](name, block.data(blocks)), block.scales(blocks)
+
+
+def _q2_codes(name: str, data: Bytes) -> Bytes:
+    return PORTABLE.decode(data, len(data), 4 * data.shape[1])
 
 
 def _tq2_codes(name: str, data: Bytes) -> Bytes:
     fields = (data.reshape(-1, 2, 1, 32) >> _SHIFTS[::-1, None]) & np.uint8(3)
-    return fields.reshape(-1, BLOCK)
+    return fields.reshape(len(data), -1)
 
 
 def _tq1_codes(name: str, data: Bytes) -> Bytes:
@@ -110,28 +153,31 @@ def _tq1_codes(name: str, data: Bytes) -> Bytes:
     return np.concatenate([part.reshape(len(data), -1) for part in parts], axis=1)
 
 
-def float_weight(name: str, values: npt.NDArray[np.generic]) -> tuple[Bytes, F32]:
-    """Codes and scales of float ``[N, K]`` that is ternary: ``{-s, 0, s}`` with one s a tensor."""
+_CODES = {"TQ1_0": _tq1_codes, "TQ2_0": _tq2_codes, "Q2_0": _q2_codes}
+
+
+def float_weight(name: str, values: npt.NDArray[np.generic]) -> PackedTernary:
+    """A float ``[N, K]`` that is ternary as it stands (:mod:`bitcompile.frontends.exact`)."""
     wide = values.astype(np.float32)
-    scale = np.abs(wide).max()
-    if not np.isfinite(scale):
+    if not np.isfinite(wide).all():
         raise InputError(f"{name} holds NaN or Inf: damaged file")
-    codes = (np.sign(wide) + 1).astype(np.uint8)
-    if ((np.abs(wide) != scale) & (wide != 0)).any():
+    packed = exactly_ternary(wide)
+    if packed is None:
         raise InputError(
-            f"{name} is not ternary: its magnitudes are not 0 and one other; only ternary models "
-            "(I2_S, TQ1_0, TQ2_0, or floats of such) can be compiled"
+            f"{name} is not ternary: {RULE}; only ternary models "
+            "(I2_S, TQ1_0, TQ2_0, Q2_0, or floats of such) can be compiled"
         )
-    return codes, np.full((len(codes), 1), scale, np.float32)
+    return packed
 
 
-def _check(name: str, codes: Bytes, scale: F32 | np.float32) -> None:
+def _check(name: str, codes: Bytes, scale: F32) -> None:
     if (codes == 3).any():
         raise InputError(f"{name} is not ternary: a packed code is 3")
-    if not np.isfinite(scale).all() or (np.asarray(scale) < 0).any():
+    if not np.isfinite(scale).all() or (scale < 0).any():
         raise InputError(f"{name} has a scale that is negative, NaN or Inf: damaged file")
 
 
-def packed(codes: Bytes, scale: F32) -> PackedTernary:
-    """Codes ``[N, K]`` and scales ``[N, 1]`` in the portable layout."""
-    return PackedTernary(PORTABLE.encode(codes), scale, PORTABLE, (codes.shape[0], codes.shape[1]))
+def _packed(codes: Bytes, scale: F32, group_size: int) -> PackedTernary:
+    return PackedTernary(
+        PORTABLE.encode(codes), scale, PORTABLE, (codes.shape[0], codes.shape[1]), group_size
+    )

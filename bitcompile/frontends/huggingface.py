@@ -1,10 +1,12 @@
 """Hugging Face checkpoints with ternary weights to the portable form.
 
-Two kinds are known by their configuration:
+Three kinds are known by their configuration:
 
 - decoders of :data:`DECODERS` and encoders of :data:`ENCODERS` with ``quant_method: bitnet``, in
   all three weight forms: packed with a multiplying scale (``autobitlinear``, offline), packed with
   a dividing scale (``bitlinear``), and float master weights (``autobitlinear``, online);
+- the same without a ``quantization_config``, if the floats of every linear layer but the head are
+  ternary as they stand, with a scale a row or group (:mod:`bitcompile.frontends.exact`);
 - ``BitnetForCausalLM`` with ``weight_bits: 1`` and ``input_bits: 8``, the remote-code models of
   1bitLLM: float master weights, and BitNet's layers under other names.
 

@@ -11,8 +11,8 @@ struct OrtApiBase;
 struct OrtSessionOptions;
 struct OrtStatus;
 
-/* Adds operator domain "bitcompile" to the options: NULL, or a status that says what is wrong (to be
- * released by OrtApi.ReleaseStatus). Call it with OrtGetApiBase(). It has the signature that
+/* Adds operator domain "bitcompile" to the options: NULL, or a status that says what is wrong (to
+ * be released by OrtApi.ReleaseStatus). Call it with OrtGetApiBase(). It has the signature that
  * OrtApi.RegisterCustomOpsUsingFunction looks up by name, and that the Objective-C method
  * registerCustomOpsUsingFunctionPointer takes. */
 struct OrtStatus *bitcompile_RegisterCustomOps(struct OrtSessionOptions *options,

@@ -18,8 +18,9 @@ from bitcompile.targets.tir.dsl import (
     splat,
     store,
 )
+from bitcompile.targets.tir.gates import f32
 from bitcompile.targets.tir.isa import Isa, shifted_bytes
-from bitcompile.targets.tir.rows import add_lanes, f32, quantized, row_magnitude, row_scale
+from bitcompile.targets.tir.rows import add_lanes, quantized, row_magnitude, row_scale
 
 CHUNK = 64
 """Table bytes of one step; an int32 lane covers 4 of them (``numerics.HEAD_LANES``)."""

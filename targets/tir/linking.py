@@ -40,14 +40,23 @@ def zig(arguments: Sequence[str]) -> None:
         raise ToolchainError(f"zig could not compile the plugin: {complaint.strip()}")
 
 
-def link(triple: str, objects: Sequence[Path], sources: Sequence[Path], out: Path) -> None:
-    """A shared library for Linux."""
+def link(
+    triple: str,
+    objects: Sequence[Path],
+    sources: Sequence[Path],
+    out: Path,
+    flags: Sequence[str] = (),
+) -> None:
+    """A shared library for Linux.
+
+    It stays loaded (``nodelete``): a driver that it opened has threads that outlive a session.
+    """
     zig(
         ["cc", "-target", triple, *GLUE_FLAGS, "-shared", "-s"]
-        + [f"-Wl,--version-script={CSRC / 'plugin.map'}", "-Wl,-z,now"]
-        + [f"-Wl,-soname,{out.name}"]
+        + [f"-Wl,--version-script={CSRC / 'plugin.map'}", "-Wl,-z,now", "-Wl,-z,nodelete"]
+        + [f"-Wl,-soname,{out.name}", *flags]
         + [str(path) for path in (*sources, *objects)]
-        + ["-o", str(out)]
+        + ["-Wl,--as-needed", "-ldl", "-lpthread", "-o", str(out)]
     )
 
 
@@ -63,33 +72,40 @@ def _compiled(triple: str, sources: Sequence[Path], folder: Path, *flags: str) -
 BARE = ("-isystem", str(CSRC / "libc"), "-fno-stack-protector",
         "-fno-asynchronous-unwind-tables", "-fno-unwind-tables")  # fmt: skip
 """Flags for systems whose C library zig does not know."""
-BIONIC = ("calloc", "free", "getauxval", "getenv", "malloc", "memcpy", "memset", "snprintf",
-          "strchr", "strcmp", "vsnprintf")  # fmt: skip
-"""What the plugin calls of Android's C library; all are there from API level 21 on."""
+BIONIC = {
+    "libc.so": """calloc fclose fgetc fopen fprintf fread free fwrite getauxval getenv getpid malloc
+        memcmp memcpy memset mkdir posix_memalign pthread_mutex_lock pthread_mutex_unlock remove
+        rename snprintf stderr strchr strcmp strlen strrchr strstr vsnprintf""",
+    "libdl.so": "dladdr dlopen dlsym",
+}
+"""What plugins call of Android's C library; all are there from API level 23 on."""
 PAGE = 16384
 """Segment alignment: Android 15 has devices with pages of 16 KiB."""
 
 
 def _link_android(triple: str, objects: Sequence[Path], sources: Sequence[Path], out: Path) -> None:
-    """A shared library that needs libc.so alone, linked against a stand-in for it."""
+    """A shared library that needs Android's C library alone, linked against stand-ins for it."""
     glue = _compiled(triple, sources, out.with_suffix(".glue"), *BARE)
-    libc = _stand_in(triple, out.with_suffix(".libc"))
+    folder = out.with_suffix(".libc")
+    folder.mkdir()
+    libc = [_stand_in(triple, folder, name) for name in BIONIC]
     zig(
         ["ld.lld", "-shared", "-soname", out.name, "-o", str(out), "-s", "--no-undefined"]
-        + ["-z", "now", "-z", "relro", "-z", "text", "-z", f"max-page-size={PAGE}"]
+        + ["-z", "now", "-z", "nodelete", "-z", "relro", "-z", "text"]
+        + ["-z", f"max-page-size={PAGE}"]
         + ["--hash-style=both", "--build-id=sha1", f"--version-script={CSRC / 'plugin.map'}"]
-        + [str(path) for path in (*glue, *objects, libc)]
+        + [str(path) for path in (*glue, *objects, "--as-needed", *libc)]
     )
 
 
-def _stand_in(triple: str, folder: Path) -> Path:
-    """An empty libc.so: the linker reads its name and symbols, a device has the real one."""
-    folder.mkdir()
-    source, library = folder / "libc.c", folder / "libc.so"
-    source.write_text("".join(f"void {name}(void) {{}}\n" for name in BIONIC))
+def _stand_in(triple: str, folder: Path, name: str) -> Path:
+    """An empty system library: the linker reads its name and symbols, a device has the real one."""
+    source, library = folder / f"{name}.c", folder / name
+    symbols = BIONIC[name].split()
+    source.write_text("".join(f"void {symbol}(void) {{}}\n" for symbol in symbols))
     quiet = ("-fno-builtin", "-Wno-everything", "-fvisibility=default")
-    objects = _compiled(triple, [source], folder / "objects", *quiet)
-    zig(["ld.lld", "-shared", "-soname", "libc.so", "-o", str(library), *map(str, objects)])
+    objects = _compiled(triple, [source], folder / f"{name}.objects", *quiet)
+    zig(["ld.lld", "-shared", "-soname", name, "-o", str(library), *map(str, objects)])
     return library
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from bitcompile.targets.tir.isa import Isa
 
 TIR = Path(__file__).parent
-GLUE = ("plugin.c", "checks.c", "cpu.c")
-"""The C sources of every CPU plugin."""
+GLUE = ("plugin.c", "checks.c")
+"""The C sources of every plugin."""
+CPU_GLUE = "cpu.c"
 NEEDED_BYTES = 32 << 20
 """Free space a compilation may take."""
 
@@ -52,6 +54,18 @@ GENERATORS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
 """Field of ``bc_variant`` (``kernels.h``): module, function, arguments after (isa, name)."""
 
 
+@dataclass(frozen=True)
+class DeviceCode:
+    """What a plugin has beside CPU kernels, to run the operators on another device."""
+
+    sources: tuple[str, ...]
+    """C files."""
+    table: Callable[[], str]
+    """C text that names the device (``bc_device``) and holds its kernels."""
+    key: str
+    """What the table depends on beside the project's sources."""
+
+
 def _generate(field: str, isa: Isa) -> Any:
     module, function, arguments = GENERATORS[field]
     generator = getattr(import_module(f"bitcompile.targets.tir.{module}"), function)
@@ -73,6 +87,10 @@ def kernel_table(isas: Sequence[str]) -> tuple[Kernel, ...]:
     return tuple(
         Kernel(_plain(field), isa, symbol(field, isa)) for isa in isas for field in GENERATORS
     )
+
+
+CPU_DEVICE = '#include "ops.h"\nconst Device *const bc_device = &bc_cpu_device;\n'
+"""The line that makes the CPU a plugin's device."""
 
 
 def _table_source(isas: Sequence[Isa], layout: str) -> str:
@@ -121,15 +139,23 @@ def cache_dir() -> Path:
     return Path(base) / "bitcompile"
 
 
-def _fingerprint(*parts: str) -> str:
-    """Hash of the generators, the C sources and the compilers' versions."""
+def fingerprint(*parts: str, more: Sequence[Path] = ()) -> str:
+    """Hash of the generators, the C sources, ``more`` files and the compilers' versions.
+
+    Raises ToolchainError if a compiler is not installed.
+    """
     spine = Path(bitcompile.errors.__file__).parent
-    sources = [*sorted(TIR.glob("*.py")), *sorted(CSRC.rglob("*.*")), spine / "numerics.py"]
+    sources = [*sorted(TIR.rglob("*.*")), *sorted(CSRC.rglob("*.*")), spine / "numerics.py", *more]
     digest = hashlib.sha256()
     for path in sources:
-        if path.is_file():
+        if path.is_file() and path.suffix != ".pyc":
             digest.update(path.name.encode() + path.read_bytes())
-    versions = [metadata.version(package) for package in ("apache-tvm", "ziglang")]
+    try:
+        versions = [metadata.version(package) for package in ("apache-tvm", "ziglang")]
+    except metadata.PackageNotFoundError as error:
+        raise ToolchainError(
+            f'package {error.name} is not installed: pip install "bitcompile[build]"'
+        ) from None
     digest.update("\0".join([*versions, *parts]).encode())
     return digest.hexdigest()[:16]
 
@@ -141,28 +167,37 @@ def build_plugin(
     library: str,
     cpu: str,
     system: System = LINUX,
+    device: DeviceCode | None = None,
 ) -> Path:
     """The plugin, from the cache or freshly compiled; beside it a static library if there is one.
 
     ``isas``: called only when it must be compiled (it imports TVM); ``cpu``: the C file that knows
-    the CPU's features; ``system``: whose triple it is. Raises ToolchainError if a compiler is
-    missing or fails.
+    the CPU's features; ``system``: whose triple it is; ``device``: what runs the operators instead
+    of the CPU. Without ``isas`` there are no CPU kernels in it. Raises ToolchainError if a compiler
+    is missing or fails.
     """
-    try:
-        folder = cache_dir() / _fingerprint(triple, layout, library, cpu)
-    except metadata.PackageNotFoundError as error:
-        raise ToolchainError(
-            f'package {error.name} is not installed: pip install "bitcompile[build]"'
-        ) from None
-    path = folder / library
+    key = fingerprint(triple, layout, library, cpu, device.key if device else "")
+    return cached(
+        key,
+        library,
+        lambda path: _compile(isas(), triple, layout, CSRC / cpu, path, system, device),
+    )
+
+
+def cached(key: str, library: str, compile: Callable[[Path], None]) -> Path:
+    """The library kept under ``key``, or the one ``compile(path)`` leaves at its path.
+
+    Raises ToolchainError if the cache cannot be used.
+    """
+    path = cache_dir() / key / library
     try:
         if not _intact(path):
-            _require_space(folder.parent)
-            _compile(isas(), triple, layout, CSRC / cpu, path, system)
+            _require_space(path.parent.parent)
+            compile(path)
     except OSError as error:
         raise ToolchainError(
-            f"cannot use the cache {folder.parent} ({error.strerror}): set BITCOMPILE_CACHE to a "
-            "folder that can be written"
+            f"cannot use the cache {path.parent.parent} ({error.strerror}): set BITCOMPILE_CACHE "
+            "to a folder that can be written"
         ) from error
     return path
 
@@ -195,35 +230,66 @@ def _require_space(folder: Path) -> None:
         raise ToolchainError(f"no space left in {folder}: free some, or set BITCOMPILE_CACHE")
 
 
-def _compile(
-    isas: Sequence[Isa], triple: str, layout: str, cpu: Path, path: Path, system: System
-) -> None:
-    """Compile and link into a temporary folder, then move the results to ``path``'s."""
+def compile_kernels(
+    isas: Sequence[Isa], layout: str, folder: Path, mtriple: str | None = None
+) -> tuple[list[Path], Path]:
+    """Write the kernels' object files and ``kernels.c``, their table, to ``folder``.
+
+    ``mtriple``: LLVM's triple of the host, None for this machine's.
+    """
     from bitcompile.targets.tir.objects import compile_object
 
+    objects = []
+    for isa in isas:
+        functions = {symbol(field, isa.name): _generate(field, isa) for field in GENERATORS}
+        objects.append(folder / f"{isa.name}.o")
+        compile_object(
+            functions, {**isa.target, **({"mtriple": mtriple} if mtriple else {})}, objects[-1]
+        )
+    table = folder / "kernels.c"
+    table.write_text(_table_source(isas, layout))
+    return objects, table
+
+
+def _compile(
+    isas: Sequence[Isa],
+    triple: str,
+    layout: str,
+    cpu: Path,
+    path: Path,
+    system: System,
+    device: DeviceCode | None,
+) -> None:
+    """Compile and link into a temporary folder, then move the results to ``path``'s."""
     path.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         work = Path(name)
-        objects = []
-        for isa in isas:
-            functions = {symbol(field, isa.name): _generate(field, isa) for field in GENERATORS}
-            objects.append(work / f"{isa.name}.o")
-            target = {**isa.target, "mtriple": system.llvm_triple(triple)}
-            compile_object(functions, target, objects[-1])
-        table = work / "kernels.c"
-        table.write_text(_table_source(isas, layout))
-        sources = [table, *(CSRC / name for name in GLUE), cpu]
+        objects: list[Path] = []
+        sources = [CSRC / name for name in (*GLUE, *(device.sources if device else ()))]
+        if isas:
+            objects, table = compile_kernels(isas, layout, work, system.llvm_triple(triple))
+            sources += [CSRC / CPU_GLUE, cpu, table]
+        sources.append(work / "device.c")
+        sources[-1].write_text(device.table() if device else CPU_DEVICE)
         made = work / path.name
         system.link(triple, objects, sources, made)
         if system.archive is not None:
             system.archive(triple, objects, sources, static_library(made))
-        digest = work / "sha256"
-        digest.write_text(_digest(made), "ascii")
-        # Two builds may meet here: each leaves a whole library, and both are the same program.
-        if system.archive is not None:
-            os.replace(static_library(made), static_library(path))
-        os.replace(digest, _hash_file(path))
-        os.replace(made, path)
+        keep(made, path)
+
+
+def keep(made: Path, path: Path) -> None:
+    """Move a library, and the static one beside it, into their place in the cache.
+
+    Two builds may meet here: each leaves a whole library, and both are the same program.
+    """
+    digest = made.with_name("sha256")
+    digest.write_text(_digest(made), "ascii")
+    archive = static_library(made)
+    if archive != made and archive.exists():
+        os.replace(archive, static_library(path))
+    os.replace(digest, _hash_file(path))
+    os.replace(made, path)
 
 
 def static_library(library: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Register tiles of prefill: how an instruction set multiplies some rows with a panel of weights."""
+"""Register tiles of prefill: how an instruction set multiplies rows with a panel of weights."""
 
 from __future__ import annotations
 
