@@ -75,7 +75,7 @@ BARE = ("-isystem", str(CSRC / "libc"), "-fno-stack-protector",
 BIONIC = {
     "libc.so": """calloc fclose fgetc fopen fprintf fread free fwrite getauxval getenv getpid malloc
         memcmp memcpy memset mkdir posix_memalign pthread_mutex_lock pthread_mutex_unlock remove
-        rename snprintf stderr strchr strcmp strlen strrchr strstr vsnprintf""",
+        rename snprintf stderr strchr strcmp strlen strrchr strstr vsnprintf wcslen""",
     "libdl.so": "dladdr dlopen dlsym",
 }
 """What plugins call of Android's C library; all are there from API level 23 on."""

@@ -15,7 +15,9 @@ extern void __libc_free(void *);
 void *malloc(size_t n) { return __libc_malloc(n); }
 void *realloc(void *p, size_t n) { return __libc_realloc(p, n); }
 void free(void *p) { __libc_free(p); }
-void *memcpy(void *restrict to, const void *restrict from, size_t n) { return memmove(to, from, n); }
+void *memcpy(void *restrict to, const void *restrict from, size_t n) {
+  return memmove(to, from, n);
+}
 size_t strlen(const char *text) { return strnlen(text, (size_t)-1 >> 1); }
 
 /* The process ends with these libraries still loaded. */
