@@ -36,8 +36,7 @@ static const State *state_of(const Kernel *k) { return k->state; }
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static Cl *shared_device;
 
-/* ---- opening ------------------------------------------------------------------------------------
- */
+/* ---- opening --------------------------------------------------------------------------------- */
 
 /* Says once why the CPU does the device's work. */
 static void say_fallback(const char *why) {
@@ -127,8 +126,7 @@ static BcStatus *open_opencl(const BcApi *api, const void **out) {
   return status;
 }
 
-/* ---- constants on the device
- * --------------------------------------------------------------------- */
+/* ---- constants on the device ----------------------------------------------------------------- */
 
 static ClMem hold(Cl *cl, const void *data, size_t bytes) {
   for (Held *h = cl->held; h; h = h->next)
@@ -207,8 +205,7 @@ static BcStatus *attach(Kernel *k) {
   return give_up(k, why);
 }
 
-/* ---- a call
- * --------------------------------------------------------------------------------------- */
+/* ---- a call ---------------------------------------------------------------------------------- */
 
 typedef struct Call { /* under the lock */
   const Kernel *k;
@@ -392,8 +389,7 @@ static int run(Call *c, rows_fn *rows, const float *residual, float *y, int64_t 
   return failed;
 }
 
-/* ---- the operators
- * -------------------------------------------------------------------------------- */
+/* ---- the operators --------------------------------------------------------------------------- */
 
 static rows_fn *const rows_of[BC_OPS] = {linear_rows, linear_rows, glu_rows, head_rows, NULL};
 

@@ -5,8 +5,7 @@
 #include "opencl_abi.h"
 #include "ops.h"
 
-/* ---- the generated table (targets/tir/opencl/plugin.py) ---------------------------------------
- */
+/* ---- the generated table (targets/tir/opencl/plugin.py) -------------------------------------- */
 
 enum {
   CLK_QUANTIZE,
@@ -44,8 +43,7 @@ extern bc_open_fn *const bc_cl_cpu_open;
 /* Which calls go to the device: auto, none, prefill, all. */
 extern const char bc_cl_offload[];
 
-/* ---- the device --------------------------------------------------------------------------------
- */
+/* ---- the device ------------------------------------------------------------------------------ */
 
 enum {
   BUFFER_IN,

@@ -36,8 +36,7 @@ const char *bc_cl_error(int32_t code, char *text, size_t size) {
   return text;
 }
 
-/* ---- driver and device -------------------------------------------------------------------------
- */
+/* ---- driver and device ----------------------------------------------------------------------- */
 
 static int load_driver(Cl *cl) {
   static const char *names[] = {
@@ -146,8 +145,7 @@ static int open_device(Cl *cl) {
                      bc_cl_error(code, why, sizeof why));
 }
 
-/* ---- commands
- * ------------------------------------------------------------------------------------ */
+/* ---- commands -------------------------------------------------------------------------------- */
 
 int bc_cl_launch(Cl *cl, int which, int64_t groups_x, int64_t groups_y, const char *types, ...) {
   const bc_cl_kernel *k = &bc_cl_kernels[which];
@@ -217,8 +215,7 @@ ClMem bc_cl_constant(Cl *cl, const void *data, size_t bytes) {
   return mem;
 }
 
-/* ---- the probe: does the device compute what the kernels need? ---------------------------------
- */
+/* ---- the probe: does the device compute what the kernels need? ------------------------------- */
 
 enum { PROBES = 1024 };
 
@@ -342,8 +339,7 @@ static int run_probe(Cl *cl, ClProgram program) {
   return wrong;
 }
 
-/* ---- the program --------------------------------------------------------------------------------
- */
+/* ---- the program ----------------------------------------------------------------------------- */
 
 /* Ways to build it, fastest first. A driver's word that it has an extension is not enough: some
  * reject the built-in under another language version, some compute another product. */
@@ -409,8 +405,7 @@ static int build(Cl *cl, int *way) {
   return bc_cl_fault(cl, "%s cannot build the kernels: %s", cl->name, log[0] ? log : "no log");
 }
 
-/* ---- its cache
- * ----------------------------------------------------------------------------------- */
+/* ---- its cache ------------------------------------------------------------------------------- */
 
 static uint64_t hash(uint64_t h, const void *data, size_t bytes) { /* FNV-1a */
   const unsigned char *p = data;
@@ -562,8 +557,7 @@ static int make_kernels(Cl *cl) {
   return 0;
 }
 
-/* ---- zero copy
- * ----------------------------------------------------------------------------------- */
+/* ---- zero copy ------------------------------------------------------------------------------- */
 
 /* Whether kernels read host memory in place: one copies a word out of it, before and after the host
  * changed that word without telling the driver. A driver with a copy of its own shows the old one.

@@ -209,8 +209,7 @@ static BcStatus *BC_CALL infer(const BcOp *base, BcInfer *context) {
   return op->op == BC_ROOF ? NULL : infer_shape(op, context);
 }
 
-/* ---- what ONNX Runtime asks of an operator ----------------------------------------------------
- */
+/* ---- what ONNX Runtime asks of an operator --------------------------------------------------- */
 
 static const char *BC_CALL get_name(const BcOp *op) { return spec_of(op)->name; }
 static const char *BC_CALL get_provider(const BcOp *op) {

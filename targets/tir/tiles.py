@@ -114,7 +114,8 @@ class MatrixTile:
         return (((kb * HALVES + h) * self.vectors + v) * HALVES + pair) * 16
 
     def multiply(self, m: Expr, first: Expr, offset: Expr, count: Expr) -> Buffer:  # noqa: D102
-        rows = self.isa.gemm.rows
+        rows, dot = self.isa.gemm.rows, self.isa.matrix_dot
+        assert dot is not None
         acc = local(rows * self.vectors * 4, "int32")
         for i in range(rows * self.vectors):
             store(acc, i * 4, const(0, "int32", 4), 4)
@@ -127,7 +128,7 @@ class MatrixTile:
                         for pair in range(HALVES):
                             at = self._accumulator(i, v, pair)
                             w = load(self.panel, self._at(kb, h, v, pair), 16)
-                            store(acc, at, self.isa.matrix_dot(load(acc, at, 4), w, a), 4)
+                            store(acc, at, dot(load(acc, at, 4), w, a), 4)
         return acc
 
     def _activations(self, m: Expr, k4: Expr, h: int) -> Expr:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import tvm
+from tvm.script.ir_builder import IRBuilder
 from tvm_ffi import structural_map
 
-from bitcompile.targets.tir.dsl import Buffer, Expr, IRBuilder, T, kernel_parameters
+from bitcompile.targets.tir.dsl import Buffer, Expr, T, kernel_parameters
 from bitcompile.targets.tir.gates import Arithmetic
 from bitcompile.targets.tir.objects import lowering
 

@@ -65,6 +65,7 @@ def _products(schedules: Schedules) -> Iterator[tuple[str, _Made]]:
 
 
 def _kernels(schedules: Schedules) -> dict[str, _Made]:
+    from bitcompile.targets.tir.gates import GATES
     from bitcompile.targets.tir.opencl import head, probe, rows
 
     one_row = (rows.LANES, 1)
@@ -75,7 +76,7 @@ def _kernels(schedules: Schedules) -> dict[str, _Made]:
         "probe": _Made(probe.probe(symbol("probe")), one_row),
         **dict(_products(schedules)),
     }
-    for activation in rows.GATES:
+    for activation in GATES:
         name = f"glu_{activation}"
         made[name] = _Made(rows.glu(symbol(name), activation), one_row, one_row)
     for bits in (8, 4):
