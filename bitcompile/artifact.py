@@ -386,7 +386,9 @@ def write(
     files = {library: lowered.library, **lowered.target.embeds(lowered.library)}
     for name, source in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, folder / name)
+        shutil.copy(source, folder / name)  # a program stays one
+    for name, text in lowered.target.texts(lowered.graph.graph).items():
+        (folder / name).write_text(text, "utf-8")
     if imported.language is not None:
         _write_language_files(folder, imported.language, lowered.target)
     readme = companions.readme(imported, lowered)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitcompile import calibration
 from bitcompile.packing import CPU_TILE
 from bitcompile.runtime import host_mismatch
 from bitcompile.target import Kernel, Target
@@ -108,12 +109,19 @@ def opencl_target(
         compile=compile,
         can_run_here=lambda: host_mismatch(triple) or _missing_driver(),
         can_build_here=missing_build_tools,
-        embeds=host.embeds,
+        embeds=lambda library: {**host.embeds(library), **(_program(library) if cpu else {})},
+        texts=lambda graph: {calibration.FILE: calibration.nodes(graph, name, LIBRARY)}
+        if cpu
+        else {},
         guide=host.guide,
         hosts=tuple(other for other in HOSTS if other != triple),
         choices=CHOICES,
         vary=lambda other, choices: opencl_target(name, schedules, other, emits, choices),
     )
+
+
+def _program(library: Path) -> Mapping[str, Path]:
+    return {calibration.PROGRAM: library.with_name(calibration.PROGRAM)}
 
 
 def _missing_driver() -> str | None:

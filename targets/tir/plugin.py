@@ -10,8 +10,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 TIR = Path(__file__).parent
 GLUE = ("plugin.c", "checks.c")
 """The C sources of every plugin."""
+PROGRAMS = {"calibrate": ("calibrate.c", "host.c")}
+"""Programs that some plugins come with, and their C sources."""
 CPU_GLUE = "cpu.c"
 NEEDED_BYTES = 32 << 20
 """Free space a compilation may take."""
@@ -64,6 +66,8 @@ class DeviceCode:
     """C text that names the device (``bc_device``) and holds its kernels."""
     key: str
     """What the table depends on beside the project's sources."""
+    programs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Programs that come with the plugin, by name, and their C files."""
 
 
 def _generate(field: str, isa: Isa) -> Any:
@@ -214,10 +218,16 @@ def _intact(path: Path) -> bool:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a library and the static one beside it."""
-    archive = static_library(path)
-    beside = archive.read_bytes() if archive != path and archive.exists() else b""
-    return hashlib.sha256(path.read_bytes() + beside).hexdigest()
+    """SHA-256 of a library and what was made with it."""
+    beside = [companion.read_bytes() for companion in _companions(path)]
+    return hashlib.sha256(b"".join([path.read_bytes(), *beside])).hexdigest()
+
+
+def _companions(path: Path) -> list[Path]:
+    """The static library and the programs that lie beside a library."""
+    names = (static_library(path).name, *PROGRAMS)
+    found = [path.with_name(name) for name in names if path.with_name(name) != path]
+    return [companion for companion in found if companion.exists()]
 
 
 def _require_space(folder: Path) -> None:
@@ -275,19 +285,21 @@ def _compile(
         system.link(triple, objects, sources, made)
         if system.archive is not None:
             system.archive(triple, objects, sources, static_library(made))
+        for name, files in (device.programs if device else {}).items():
+            assert system.program is not None
+            system.program(triple, [], [CSRC / file for file in files], made.with_name(name))
         keep(made, path)
 
 
 def keep(made: Path, path: Path) -> None:
-    """Move a library, and the static one beside it, into their place in the cache.
+    """Move a library, and what was made with it, into their place in the cache.
 
     Two builds may meet here: each leaves a whole library, and both are the same program.
     """
     digest = made.with_name("sha256")
     digest.write_text(_digest(made), "ascii")
-    archive = static_library(made)
-    if archive != made and archive.exists():
-        os.replace(archive, static_library(path))
+    for companion in _companions(made):
+        os.replace(companion, path.with_name(companion.name))
     os.replace(digest, _hash_file(path))
     os.replace(made, path)
 

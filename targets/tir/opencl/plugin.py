@@ -9,7 +9,7 @@ from typing import Any
 from bitcompile.packing import CPU_TILE
 from bitcompile.target import Kernel
 from bitcompile.targets.tir.opencl.schedule import Schedule, Schedules
-from bitcompile.targets.tir.plugin import DeviceCode
+from bitcompile.targets.tir.plugin import PROGRAMS, DeviceCode
 
 SOURCES = ("opencl.c", "opencl_driver.c")
 OFFLOADS = ("auto", "prefill", "all", "none")
@@ -45,7 +45,8 @@ def device_code(target: str, schedules: Schedules, offload: str, cpu: bool) -> D
     ``cpu``: there are CPU kernels in the plugin, for what the device is not given or cannot do.
     """
     key = f"opencl {target} {schedules} {offload} {cpu}"
-    return DeviceCode(SOURCES, lambda: _table(target, schedules, offload, cpu), key)
+    programs = PROGRAMS if cpu else {}  # without the CPU's kernels there is nothing to choose
+    return DeviceCode(SOURCES, lambda: _table(target, schedules, offload, cpu), key, programs)
 
 
 def _products(schedules: Schedules) -> Iterator[tuple[str, _Made]]:
