@@ -110,9 +110,9 @@ def opencl_target(
         can_run_here=lambda: host_mismatch(triple) or _missing_driver(),
         can_build_here=missing_build_tools,
         embeds=lambda library: {**host.embeds(library), **(_program(library) if cpu else {})},
-        texts=lambda graph: {calibration.FILE: calibration.nodes(graph, name, LIBRARY)}
-        if cpu
-        else {},
+        texts=lambda graph: (
+            {calibration.FILE: calibration.nodes(graph, name, LIBRARY)} if cpu else {}
+        ),
         guide=host.guide,
         hosts=tuple(other for other in HOSTS if other != triple),
         choices=CHOICES,

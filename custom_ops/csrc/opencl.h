@@ -71,6 +71,7 @@ typedef struct Held { /* a constant tensor on the device, shared by the nodes th
 } Held;
 
 typedef struct Cl {
+  void *library;
   ClApi api;
   ClDevice device;
   ClContext context;

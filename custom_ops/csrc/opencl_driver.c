@@ -54,6 +54,7 @@ static int load_driver(Cl *cl) {
   void *library = NULL;
   for (size_t i = 0; i < sizeof names / sizeof *names && !library; i++)
     library = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
+  cl->library = library;
   if (!library) return bc_cl_fault(cl, "no OpenCL driver (libOpenCL.so): install the GPU's driver");
 #define BC_CL_LOAD(name, result, parameters)            \
   *(void **)&cl->api.name = dlsym(library, "cl" #name); \
