@@ -47,7 +47,9 @@ def _line(node: ir.Node) -> str:
     for place, value in zip(OPS[node.op_type].inputs, node.inputs, strict=True):
         constant = value.const_value if value is not None else None
         if constant is not None:
-            shapes.append((place.dtype == "uint8", tuple(int(n) for n in constant.shape.numpy()), False))
+            shapes.append(
+                (place.dtype == "uint8", tuple(int(n) for n in constant.shape.numpy()), False)
+            )
         else:
             columns = attributes["N"] if place.name == last else attributes["K"]
             shapes.append((False, ("M", columns), True))

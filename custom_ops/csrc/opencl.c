@@ -87,11 +87,23 @@ static BcStatus *choose_offload(const BcApi *api, int *out) {
  * weights faster than the CPU, so it gets prefill, whose time goes into products. */
 static int automatic(const Cl *cl) { return cl->unified ? OFFLOAD_PREFILL : OFFLOAD_ALL; }
 
+static void tell(const Cl *cl) {
+  static const char *const dots[] = {"plain", "cl_khr_integer_dot_product",
+                                     "cl_arm_integer_dot_product_accumulate_int8",
+                                     "cl_qcom_dot_product8", "cl_arm_integer_dot_product_int8"};
+  if (cl->broken) return;
+  fprintf(stderr, "bitcompile: %s, driver %s, dot product: %s, memory: %s, weights: %s%s\n",
+          cl->name, cl->driver, dots[cl->dot], cl->unified ? "the host's" : "its own",
+          cl->zero_copy ? "in place" : "copied", cl->from_cache ? ", program from the cache" : "");
+}
+
 /* The process's device, opened at the first call. */
 static Cl *device(void) {
   pthread_mutex_lock(&lock);
-  if (!shared_device && (shared_device = calloc(1, sizeof *shared_device)))
+  if (!shared_device && (shared_device = calloc(1, sizeof *shared_device))) {
     shared_device->broken = bc_cl_open(shared_device);
+    if (getenv("BITCOMPILE_VERBOSE")) tell(shared_device);
+  }
   pthread_mutex_unlock(&lock);
   return shared_device;
 }

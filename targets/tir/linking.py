@@ -64,10 +64,9 @@ def link(
 
 def _link_program(triple: str, objects: Sequence[Path], sources: Sequence[Path], out: Path) -> None:
     """A program for Linux."""
-    zig(
-        ["cc", "-target", triple, *GLUE_FLAGS, "-s", *(str(path) for path in (*sources, *objects))]
-        + ["-Wl,--as-needed", "-ldl", "-lpthread", "-o", str(out)]
-    )
+    files = [str(path) for path in (*sources, *objects)]
+    flags = ("-Wl,--as-needed", "-ldl", "-lpthread", "-o", str(out))
+    zig(["cc", "-target", triple, *GLUE_FLAGS, "-s", *files, *flags])
 
 
 def _compiled(triple: str, sources: Sequence[Path], folder: Path, *flags: str) -> list[Path]:
