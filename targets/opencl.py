@@ -37,7 +37,9 @@ class Host:
     features: str
     """The C file that knows the CPU's features."""
     system: Callable[[], System]
-    guide: tuple[str, ...] = ("python", "genai", "c")
+    guide: tuple[str, ...] = ("python", "genai", "c", "opencl")
+    choosing: str = "calibrate"
+    """Section of an artifact's README about the choice between CPU and device."""
     embeds: Callable[[Path], Mapping[str, Path]] = x86.X86.embeds
 
 
@@ -69,7 +71,13 @@ HOSTS: Mapping[str, Host] = {
     x86.TRIPLE: Host(_x86, x86.NAMES, "cpu_x86.c", _linux),
     arm.TRIPLE: Host(_arm, arm.NAMES, "cpu_arm.c", _linux),
     android.TRIPLE: Host(
-        _arm, arm.NAMES, "cpu_arm.c", _android, android.ANDROID.guide, android.ANDROID.embeds
+        _arm,
+        arm.NAMES,
+        "cpu_arm.c",
+        _android,
+        ("android", "c_static", "opencl_android"),
+        "calibrate_android",
+        android.ANDROID.embeds,
     ),
 }
 
@@ -113,7 +121,7 @@ def opencl_target(
         texts=lambda graph: (
             {calibration.FILE: calibration.nodes(graph, name, LIBRARY)} if cpu else {}
         ),
-        guide=host.guide,
+        guide=(*host.guide, *((host.choosing,) if cpu else ())),
         hosts=tuple(other for other in HOSTS if other != triple),
         choices=CHOICES,
         vary=lambda other, choices: opencl_target(name, schedules, other, emits, choices),

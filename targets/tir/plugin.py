@@ -6,12 +6,13 @@ once and kept in the user's cache under a hash of everything it was made from.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ class DeviceCode:
     """C text that names the device (``bc_device``) and holds its kernels."""
     key: str
     """What the table depends on beside the project's sources."""
-    programs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    programs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Programs that come with the plugin, by name, and their C files."""
 
 
@@ -268,7 +269,7 @@ def _compile(
     cpu: Path,
     path: Path,
     system: System,
-    device: DeviceCode | None,
+    device: DeviceCode | None = None,
 ) -> None:
     """Compile and link into a temporary folder, then move the results to ``path``'s."""
     path.parent.mkdir(exist_ok=True)
