@@ -13,9 +13,16 @@
 int32_t clFinish(ClQueue queue);
 int32_t (*const fake_opencl_anchor)(ClQueue) = clFinish;
 
+/* Whether FAKE_OPENCL, names with commas between them, has this one. */
 static int fault(const char *name) {
   const char *wanted = getenv("FAKE_OPENCL");
-  return wanted && !strcmp(wanted, name);
+  size_t length = strlen(name);
+  while (wanted && *wanted) {
+    size_t word = strcspn(wanted, ",");
+    if (word == length && !strncmp(wanted, name, length)) return 1;
+    wanted += word + (wanted[word] == ',');
+  }
+  return 0;
 }
 
 int32_t clGetDeviceInfo(ClDevice device, uint32_t key, size_t size, void *out, size_t *needed) {
@@ -31,6 +38,7 @@ ClProgram clCreateProgramWithSource(ClContext context, uint32_t count, const cha
   const char *before = fault("wrong dot")    ? "#define qcom_dot8_acc(a, w, c) ((c) + 1)\n"
                        : fault("no fma")     ? "#define fma(a, b, c) ((a) * (b) + (c) * 0.5f)\n"
                        : fault("bad source") ? "this is no OpenCL C\n"
+                       : fault("no barrier") ? "#define barrier(fence)\n"
                                              : "";
   const char *both[] = {before, texts[0]};
   const size_t sizes[] = {strlen(before), lengths[0]};
@@ -49,6 +57,10 @@ ClMem clCreateBuffer(ClContext context, uint64_t flags, size_t size, void *host,
   }
   return REAL(CreateBuffer)(context, flags, size, host, code);
 }
+
+/* Oclgrind's record of what was written knows nothing of a release: a new buffer in the old one's
+ * place would be judged by the old one's size. With all kept, each has a place of its own. */
+int32_t clReleaseMemObject(ClMem mem) { return fault("keep") ? 0 : REAL(ReleaseMemObject)(mem); }
 
 int32_t clEnqueueNDRangeKernel(ClQueue queue, ClKernel kernel, uint32_t axes, const size_t *offset,
                                const size_t *global, const size_t *local, uint32_t waits,

@@ -100,15 +100,19 @@ def open_session(case: Case, plugin: str) -> Any:
 def main(plugin: str) -> dict[str, Any]:
     report: dict[str, Any] = {"exact": None, "error": None, "open_s": 0.0}
     rng = np.random.default_rng(0)
-    cases = [linear(rng, 33, 50, norm=True), glu(rng, 24, 40, "relu2", 1), head(rng, 9, 70, 4)]
+    both = (1, 5)
+    cases = [(linear(rng, 33, 50, norm=True), both), (glu(rng, 24, 40, "relu2", 1), both)]
+    cases += [(head(rng, 9, 70, 4), both), (linear(rng, 20, 90, norm=True, group_size=32), both)]
+    # More columns than local memory holds at a time.
+    cases += [(linear(rng, 5, 1100, norm=False), (1,)), (linear(rng, 5, 280, norm=False), (3,))]
     try:
         began = time.perf_counter()
         onnxruntime.SessionOptions().register_custom_ops_library(plugin)
         report["open_s"] = time.perf_counter() - began
         wrong = 0
-        for case in cases:
+        for case, rows in cases:
             session = open_session(case, plugin)
-            wrong += sum(differences(session, case, inputs(rng, case, M)) for M in (1, 5))
+            wrong += sum(differences(session, case, inputs(rng, case, M)) for M in rows)
         report["exact"] = wrong == 0
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         report["error"] = str(error)

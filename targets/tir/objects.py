@@ -14,8 +14,10 @@ def lowering(text: bool = False) -> list[Any]:
     """TVM's lowering without MakePackedAPI, and without LowerTVMBuiltin.
 
     The latter would turn local arrays of 1 KiB and more into runtime workspace calls.
-    ``text``: for a generator of source text, which declares arrays with constant extents alone and
-    finds the alignment of a vector load in its index, where a variable would hide it.
+    ``text``: for a generator of a GPU's source text. It declares arrays with constant extents alone
+    and finds the alignment of a vector load in its index, where a variable would hide it. And
+    StorageRewrite would let two arrays of a work-group share memory by a liveness that knows of one
+    work-item: another one may still read the first when this one stores to the second.
     """
     t, s = tirx.transform, s_tir.transform
     return [
@@ -31,7 +33,7 @@ def lowering(text: bool = False) -> list[Any]:
         t.NarrowDataType(32),
         s.LoopPartition(),
         t.VectorizeLoop(True),
-        t.StorageRewrite(),
+        *([] if text else [t.StorageRewrite()]),
         s.HoistIfThenElse(),
         t.UnrollLoop(),
         s.RenormalizeSplitPattern(),

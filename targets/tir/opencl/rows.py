@@ -37,7 +37,6 @@ def _strided(item: Expr, count: Expr, each: Callable[[Expr], None]) -> None:
 def _joined(item: Expr, value: Expr, dtype: str, combine: Callable[[Expr, Expr], Expr]) -> Expr:
     """All items' ``value`` joined by halving, in every item."""
     values = shared(LANES, dtype)
-    barrier()  # the buffer may lie where an earlier one is still being read
     T.buffer_store(values, value, [item])
     join(values, item, LANES, combine)
     return kept(values[0], dtype)
