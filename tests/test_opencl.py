@@ -214,7 +214,10 @@ def test_a_driver_with_copies_and_a_cache_that_cannot_be_written(
     assert (report["exact"], noise) == (True, "")
     nowhere = {**faulty, "BITCOMPILE_CACHE": "/dev/null", "HOME": "/dev/null"}
     nowhere |= {"POCL_CACHE_DIR": str(tmp_path)}  # PoCL itself needs one
-    report, noise = run(alone, **nowhere, XDG_CACHE_HOME="/dev/null")
+    beside = tmp_path / "plugin"  # the last place is the plugin's own, which other tests share
+    beside.mkdir()
+    report, noise = run(Path(shutil.copy(alone, beside)), **nowhere, XDG_CACHE_HOME="/dev/null")
+    assert [path.suffix for path in beside.iterdir() if path.name.startswith("opencl-")] == [".bin"]
     assert (report["exact"], noise) == (True, "")
 
 
