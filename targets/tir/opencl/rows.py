@@ -10,7 +10,6 @@ from bitcompile.targets.tir.dsl import Buffer, Expr, T, when
 from bitcompile.targets.tir.gates import GATES, f32
 from bitcompile.targets.tir.opencl.device import (
     ARITHMETIC,
-    barrier,
     bits,
     call,
     device_kernel,
