@@ -33,6 +33,8 @@ def genai_config(language: LanguageModel, library: str, device: str = "cpu") -> 
         ids["pad_token_id"] = pad
     # Threads are not fixed here: the artifact runs on machines of any size.
     session: dict[str, Any] = {"provider_options": []}
+    if device in PROVIDERS:
+        session["provider_options"].append({PROVIDERS[device][0]: {}})
     if PurePath(library).suffix != ".a":
         session["custom_ops_library"] = library
     return {

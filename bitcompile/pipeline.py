@@ -181,7 +181,7 @@ def run(
     _require_toolchain(target)
 
     # These need the build extra, which the line above has asked for.
-    from bitcompile.frontends.assembly import quiet
+    from bitcompile.frontends.surroundings import quiet
 
     with quiet():
         return _run(model, out, options, target, progress, example_inputs, dynamic_shapes)
@@ -261,7 +261,7 @@ def export(
     except ImportError:
         raise ToolchainError('exporting needs pip install "bitcompile[build]"') from None
     from bitcompile import frontends
-    from bitcompile.frontends.assembly import quiet
+    from bitcompile.frontends.surroundings import quiet
     from bitcompile.passes import finishing
 
     with quiet():

@@ -97,23 +97,29 @@ def feed(api: ctypes.CDLL, model: ctypes.c_void_p) -> Feed:
     return call
 
 
+def in_python(artifact: Artifact, tokens: list[int]) -> embedding.Answer:
+    session = bitcompile.load(artifact.path, threads=1)
+    caches, feed = empty_caches(session), tokens
+    chosen, rows = [], []
+    for _ in range(COUNT):
+        rows.append(step(session, np.array([feed], np.int64), caches)[0, -1].astype(np.float64))
+        feed = [int(rows[-1].argmax())]
+        chosen += feed
+    return embedding.Answer(chosen, np.array(rows))
+
+
 @pytest.mark.parametrize("text", TEXTS)
-def test_tokens_are_those_of_the_reference(
+def test_tokens_and_logits_are_those_of_python(
     program: Path, artifact: Artifact, tmp_path: Path, text: str
 ) -> None:
-    answer = embedding.generate([program], artifact.path, prompt(text), tmp_path)
-    assert answer.tokens == REFERENCE[text]
-
-
-def test_logits_are_those_of_python(program: Path, artifact: Artifact, tmp_path: Path) -> None:
     """To rounding edges: Python grows the cache, so ONNX Runtime's attention may add otherwise."""
-    answer = embedding.generate([program], artifact.path, prompt(TEXTS[0]), tmp_path)
-    session = bitcompile.load(artifact.path, threads=1)
-    caches, feed = empty_caches(session), prompt(TEXTS[0])
-    for row, token in zip(answer.logits, answer.tokens, strict=True):
-        logits = step(session, np.array([feed], np.int64), caches)[0, -1]
-        assert embedding.cosine(row, logits.astype(np.float64)) >= 0.9999
-        feed = [token]
+    answer = embedding.generate([program], artifact.path, prompt(text), tmp_path)
+    expected = in_python(artifact, prompt(text))
+    assert embedding.agreed(expected, answer) == COUNT
+    for i in range(COUNT):
+        assert embedding.cosine(expected.logits[i], answer.logits[i]) >= 0.9999
+        if expected.tokens[i] != answer.tokens[i]:
+            break  # after a near-tie another text continues
 
 
 def test_it_stops_at_the_end_token_and_reports_speed(program: Path, artifact: Artifact) -> None:
