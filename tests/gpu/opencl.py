@@ -20,6 +20,7 @@ from bitcompile.targets import resolve
 from bitcompile.targets.opencl import SCHEDULES
 from bitcompile.targets.tir.linking import CSRC, LINUX
 from bitcompile.targets.tir.opencl.plugin import SOURCES, device_code
+from bitcompile.targets.tir.opencl.schedule import Schedules
 from bitcompile.targets.tir.plugin import GLUE
 from bitcompile.targets.x86 import TRIPLE
 from tests.device import conformance_program, vectors
@@ -28,7 +29,8 @@ RUN = """\
 #!/bin/sh
 # Exactness and speed of the OpenCL kernels on this machine; see tests/gpu/opencl.py.
 cd "$(dirname "$0")" || exit 2
-export LD_LIBRARY_PATH="$PWD:$LD_LIBRARY_PATH" BITCOMPILE_CACHE="$PWD/cache"
+export LD_LIBRARY_PATH="$PWD:$LD_LIBRARY_PATH" BITCOMPILE_CACHE="${BITCOMPILE_CACHE:-$PWD/cache}"
+export BITCOMPILE_VERBOSE=1
 # A container often has the driver and not the file that names it.
 [ -n "$(ls /etc/OpenCL/vendors/*.icd 2> /dev/null)" ] || export OCL_ICD_VENDORS="$PWD/vendors/"
 ./conformance ./libbitcompile_ops.so vectors.bin opencl && ./opencl_speed "$@"
@@ -52,12 +54,12 @@ def carry(folder: Path) -> None:
     (folder / "run").chmod(0o755)
 
 
-def speed_program(out: Path) -> None:
-    """``opencl_speed.c`` with the kernels of target ``opencl``."""
+def speed_program(out: Path, schedules: Schedules = SCHEDULES) -> None:
+    """``opencl_speed.c`` with the kernels of target ``opencl``, or of other schedules."""
     assert LINUX.program is not None
     with tempfile.TemporaryDirectory() as name:
         table = Path(name) / "device.c"
-        table.write_text(device_code("opencl", SCHEDULES, "auto", cpu=False).table())
+        table.write_text(device_code("opencl", schedules, "auto", cpu=False).table())
         glue = [CSRC / source for source in (*GLUE, *SOURCES)]
         LINUX.program(TRIPLE, [], [Path(__file__).with_name("opencl_speed.c"),
                                    *glue, table], out)  # fmt: skip
