@@ -238,6 +238,8 @@ def test_without_a_chosen_cache_it_lies_with_the_user_or_the_plugin(
 
 FAULTS = {
     "small groups": r"work-groups of 16 items .* use another device",
+    "embedded": r"has no full OpenCL profile, which the kernels need: use another device",
+    "no compiler": r"has no compiler, which the kernels need: use another device",
     "bad source": r"cannot build the kernels: .*error",
     "no fma": r"divides or takes roots wrongly: update the GPU's driver",
     "no room": r"cannot hold \d+ bytes of activations, out of memory \(-4\): use shorter",
@@ -266,13 +268,15 @@ def _matches(pattern: str, text: str) -> bool:
     return found
 
 
+@pytest.mark.parametrize("fault", ["wrong dot", "absent dot"])
 def test_a_wrong_dot_product_is_not_used(
-    alone: Path, faulty: Mapping[str, str], tmp_path: Path
+    fault: str, alone: Path, faulty: Mapping[str, str], tmp_path: Path
 ) -> None:
-    """The driver says that it has one, which builds and computes something else."""
-    places = {**faulty, "BITCOMPILE_CACHE": str(tmp_path), "FAKE_OPENCL": "wrong dot"}
-    report, _ = run(alone, **places)
+    """The driver says that it has one, which computes something else, or does not build."""
+    places = {**faulty, "BITCOMPILE_CACHE": str(tmp_path), "FAKE_OPENCL": fault}
+    report, noise = run(alone, **places, BITCOMPILE_VERBOSE="1")
     assert report["exact"], report
+    assert "dot product: plain" in noise
 
 
 @pytest.mark.parametrize("which", ["no library", "no device"])
