@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 
 from bitcompile.artifact import Artifact
+from bitcompile.errors import UsageError
 from bitcompile.targets import resolve
 from bitcompile.targets.tir.linking import ANDROID, zig
 from tests import artifacts, tools
 from tests.device import conformance_program, phone, vectors
+from tests.gpu import opencl as gpu_folder
 
 HERE = Path(__file__).parent
 ADB = HERE / "device" / "fake_adb"
@@ -127,3 +130,20 @@ def test_programs_for_android_run(tmp_path: Path) -> None:
     said = run(made.path / "calibrate", made.path)
     assert "all on the CPU: bitcompile: no OpenCL driver" in said
     assert made.library.with_name(made.library.name + ".offload").read_text().startswith("none\n")
+
+
+def test_the_folder_for_a_machine_with_an_nvidia_gpu(tmp_path: Path) -> None:
+    """Here its programs run on PoCL; no shape is measured."""
+    tools.opencl_driver()
+    folder = tmp_path / "gpu"
+    gpu_folder.carry(folder)
+    cache = tmp_path / "cache"
+    environment = {**os.environ, "BITCOMPILE_CACHE": str(cache)}
+    command = [folder / "run", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "| opencl | exact |" in done.stdout
+    assert "| N x K | read | gemv |" in done.stdout
+    assert [path.suffix for path in cache.iterdir()] == [".bin"]
+    with pytest.raises(UsageError, match="exists: remove it"):
+        gpu_folder.carry(folder)

@@ -25,7 +25,9 @@ def test_every_variable_is_listed() -> None:
 
 
 def test_every_dot_product_and_option_is_listed() -> None:
-    ways = re.findall(r'\{(\d), "(\w*)", "-cl-std=CL([\d.]+)', (CSRC / "opencl_driver.c").read_text())
+    ways = re.findall(
+        r'\{(\d), "(\w*)", "-cl-std=CL([\d.]+)', (CSRC / "opencl_driver.c").read_text()
+    )
     assert len(ways) == 5
     for number, extension, version in ways:
         row = next(line for line in PAGE.splitlines() if line.startswith(f"| {number} |"))
