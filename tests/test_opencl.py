@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ import numpy as np
 import pytest
 
 from bitcompile import inspection, numerics
-from bitcompile.artifact import DATA
+from bitcompile.artifact import DATA, Artifact
 from bitcompile.errors import UsageError
 from bitcompile.targets import TARGETS, resolve
 from bitcompile.targets.adreno import SCHEDULES as ADRENO
 from bitcompile.targets.mali import SCHEDULES as MALI
 from bitcompile.targets.opencl import HOSTS
 from bitcompile.targets.opencl import SCHEDULES as GENERIC
-from bitcompile.targets.tir.linking import CSRC, zig
+from bitcompile.targets.tir.linking import CSRC, LINUX, zig
+from bitcompile.targets.x86 import TRIPLE as X86
 from tests import artifacts, opencl_case, tools
+from tests.device import conformance_program, vectors
 from tests.opencl_case import differences, glu, head, inputs, linear, open_session, run
 
 HOST = "x86_64-linux"
@@ -55,6 +57,15 @@ def plugin() -> Path:
     """The plugin of `--target opencl`, which has CPU kernels."""
     tools.opencl_driver()
     return resolve("opencl").compile()[0]
+
+
+@pytest.fixture(scope="module")
+def conformance(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The program that compares golden vectors, and the vectors."""
+    folder = tmp_path_factory.mktemp("conformance")
+    conformance_program(LINUX, X86, folder / "conformance")
+    vectors.write(folder / "vectors")
+    return folder / "conformance", folder / "vectors"
 
 
 # --- exact results ------------------------------------------------------------------------------
@@ -89,6 +100,16 @@ def test_every_operator_is_bit_identical(gpu_plugin: Path) -> None:
         session = open_session(case, str(gpu_plugin))
         wrong = differences(session, case, inputs(rng, case, M))
         assert wrong == 0, (case[0], case[1], M)
+
+
+def test_golden_vectors(gpu_plugin: Path, conformance: tuple[Path, Path]) -> None:
+    """Int32 sums, and every float, by the program that runs on phones."""
+    program, golden = conformance
+    command = [program, gpu_plugin, golden, *GPUS]  # two of the names are refused
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| exact |") == 1
+    assert done.stdout.count("is not a variant of this plugin") == len(GPUS) - 1
 
 
 def test_random_shapes_give_exact_accumulators(gpu_plugin: Path) -> None:
@@ -145,7 +166,9 @@ def test_division_and_root_are_rounded_to_nearest(rough: int, tmp_path: Path) ->
 # --- the whole model ----------------------------------------------------------------------------
 
 
-def test_the_model_generates_the_tokens_of_the_cpu(plugin: Path, tmp_path: Path) -> None:
+def test_the_model_generates_the_tokens_of_the_cpu(
+    plugin: Path, embedded: Callable[[str], Artifact], tmp_path: Path
+) -> None:
     import bitcompile
     from tests.single_node import isa
     from tests.test_docs_model import MODEL, greedy, prompt_tokens
@@ -155,11 +178,12 @@ def test_the_model_generates_the_tokens_of_the_cpu(plugin: Path, tmp_path: Path)
     assert made.manifest["verification"]["summary"].startswith("25 of 25 operators bit-exact")
     assert made.manifest["target"]["isas"][0] == "opencl"
     prompt = prompt_tokens("The following example creates a table")
+    cpu = greedy(embedded("x86"), prompt, 12)[0]
     tokens = {}
     for variant in (None, "opencl", "portable"):
         with isa(variant):
             tokens[variant] = greedy(made, prompt, 12)[0]
-    assert tokens[None] == tokens["opencl"] == tokens["portable"]
+    assert tokens[None] == tokens["opencl"] == tokens["portable"] == cpu
 
 
 def test_the_weights_are_those_of_the_cpu_once(tmp_path: Path) -> None:
