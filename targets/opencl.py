@@ -139,9 +139,11 @@ def _missing_driver() -> str | None:
     return "no OpenCL driver (libOpenCL.so): install the GPU's driver, or pocl-opencl-icd"
 
 
-# No assumption about the device: 16 neighbouring items read 64 neighbouring bytes.
+# No assumption about the device: 4 neighbouring items read 64 neighbouring bytes. As many slices of
+# K as a work-group has room for: on a GPU with many cores an item's walk along K is what takes time
+# (docs/opencl.md has the measurement).
 SCHEDULES = Schedules(
-    decode=Schedule(rows=1, tiles=1, slices=4),
+    decode=Schedule(rows=4, tiles=1, slices=64),
     prefill=Schedule(rows=4, tiles=4, batch=4, blocks=4),
 )
 

@@ -121,13 +121,7 @@ def main(plugin: str) -> dict[str, Any]:
 
 
 def run(plugin: Path, **environment: str) -> tuple[dict[str, Any], str]:
-    """The report of a new process with these variables beside ours, and its stderr.
-
-    A cache of binaries that the variables name is the only one: it is the home, too.
-    """
-    if "BITCOMPILE_CACHE" in environment:
-        home = environment["BITCOMPILE_CACHE"]
-        environment = {"HOME": home, "XDG_CACHE_HOME": home, **environment}
+    """The report of a new process with these variables beside ours, and its stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.opencl_case", str(plugin)],
         cwd=Path(__file__).parents[1],
