@@ -1,4 +1,4 @@
-"""Target x86: x86-64 Linux, one plugin with AVX-512 VNNI, AVX2 and portable kernels."""
+"""Target x86: x86-64 Linux, one plugin with AVX-512, AVX-VNNI, AVX2 and portable kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitcompile.packing import CPU_TILE
+from bitcompile.packing import CPU_TILE, T5_TILE
 from bitcompile.target import Kernel, Target
 from bitcompile.targets.toolchain import missing_build_tools
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TRIPLE = "x86_64-linux-gnu.2.17"
 """glibc 2.17 (2012): every Linux that onnxruntime supports."""
-NAMES = ("avx512-vnni", "avx2", "portable")
+NAMES = ("avx512-vbmi", "avx512-vnni", "avx-vnni", "avx2", "portable")
 LIBRARY = "libbitcompile_ops.so"
 
 
@@ -29,7 +29,7 @@ def _isas() -> Sequence[Isa]:
 def _compile() -> tuple[Path, tuple[Kernel, ...]]:
     from bitcompile.targets.tir.plugin import build_plugin, kernel_table
 
-    library = build_plugin(_isas, TRIPLE, CPU_TILE.id, LIBRARY, "cpu_x86.c")
+    library = build_plugin(_isas, TRIPLE, LIBRARY, "cpu_x86.c")
     return library, kernel_table(NAMES)
 
 
@@ -44,7 +44,7 @@ X86 = Target(
     device="cpu",
     host=TRIPLE,
     isas=NAMES,
-    layouts=(CPU_TILE.id,),
+    layouts=(CPU_TILE.id, T5_TILE.id),
     library=LIBRARY,
     emits="ONNX Runtime plugin (.so) for x86-64 Linux, glibc 2.17 or newer",
     compile=_compile,

@@ -8,13 +8,19 @@
 #include "ops.h"
 
 enum {
-  TILE_ROWS = 16, /* weight rows and columns of a tile of the CPU layout */
+  TILE_ROWS = 16, /* weight rows and bytes of a tile, in every CPU layout */
   TILE_BYTES = 64,
+  GROUP_COLUMNS = 16, /* columns of a tile where weights have group scales */
   DECODE_ROWS = 8, /* up to here a gemv, above a gemm */
   ALIGN = 64,
 };
 
 static const bc_variant *variant(const Kernel *k) { return k->state; }
+
+/* Columns with those that fill the last tile. */
+static int64_t padded_columns(const Kernel *k, int64_t K) {
+  return bc_ceil_div(K, k->layout->tile_columns) * k->layout->tile_columns;
+}
 
 /* ---- scratch memory -------------------------------------------------------------------------- */
 
@@ -77,14 +83,14 @@ typedef struct Rows {
 } Rows;
 
 static int64_t rows_bytes(const Kernel *k, int64_t M, int64_t K) {
-  int64_t Kp = bc_ceil_div(K, TILE_ROWS) * TILE_ROWS, padded_rows = M + BC_ROW_PAD;
+  int64_t Kp = padded_columns(k, K), padded_rows = M + BC_ROW_PAD;
   int64_t sums = padded_rows * bc_groups(k, K) * 4;
   return padded(padded_rows * Kp) + padded(padded_rows * 4) + padded(sums);
 }
 
 static Rows take_rows(const Kernel *k, Scratch *scratch, int64_t M, int64_t K) {
-  Rows rows = {.Kp = bc_ceil_div(K, TILE_ROWS) * TILE_ROWS, .G = bc_groups(k, K)};
-  rows.group_blocks = k->group_size / TILE_ROWS;
+  Rows rows = {.Kp = padded_columns(k, K), .G = bc_groups(k, K)};
+  rows.group_blocks = k->group_size / GROUP_COLUMNS;
   rows.q = take(scratch, (M + BC_ROW_PAD) * rows.Kp);
   rows.s = take(scratch, (M + BC_ROW_PAD) * 4);
   rows.qsum = take(scratch, (M + BC_ROW_PAD) * rows.G * 4);
@@ -131,6 +137,7 @@ static BcStatus *run_rows(const Kernel *k, BcContext *context, RowJob *job) {
 
 typedef struct MatmulJob {
   const bc_variant *v;
+  int64_t layout; /* of w: BC_I2 ... */
   const uint8_t *w;
   const float *w_scale, *bias, *residual;
   Rows from;
@@ -160,7 +167,7 @@ static void gemv_task(void *opaque, size_t i) {
   if (j->from.group_blocks)
     j->v->gemv_grouped(PRODUCT(j, tile, n, 0, tiles, j->M), GROUPS(j));
   else
-    j->v->gemv(PRODUCT(j, tile, n, 0, tiles, j->M));
+    j->v->gemv[j->layout](PRODUCT(j, tile, n, 0, tiles, j->M));
 }
 
 static void gemm_task(void *opaque, size_t i) {
@@ -174,13 +181,14 @@ static void gemm_task(void *opaque, size_t i) {
   if (j->from.group_blocks)
     j->v->gemm_grouped(PRODUCT(j, tile, n, m, tiles, M), GROUPS(j), panel, (float *)partial);
   else
-    j->v->gemm(PRODUCT(j, tile, n, m, tiles, M), panel, partial);
+    j->v->gemm[j->layout](PRODUCT(j, tile, n, m, tiles, M), panel, partial);
 }
 
 static BcStatus *run_matmul(const Kernel *k, BcContext *context, MatmulJob *job) {
   int64_t tiles = bc_ceil_div(job->N, TILE_ROWS);
   job->v = variant(k);
-  job->KB = job->from.Kp / TILE_ROWS;
+  job->layout = k->layout - k->device->layouts;
+  job->KB = job->from.Kp / k->layout->tile_columns;
   job->ldy = job->N;
   if (job->M <= DECODE_ROWS) {
     /* An even number of tiles, for kernels that walk two, and some 128 KiB of weights a task. */
@@ -463,10 +471,7 @@ static BcStatus *open_cpu(const BcApi *api, const void **state) {
 }
 
 const Device bc_device = {
-    .layout = bc_layout,
-    .tile_rows = TILE_ROWS,
-    .tile_columns = TILE_ROWS,
-    .tile_bytes = TILE_BYTES,
+    .layouts = bc_layouts,
     .open = open_cpu,
     .compute = {compute_bit_linear, compute_norm_bit_linear, compute_bit_glu, compute_head_linear,
                 compute_roof},

@@ -50,7 +50,9 @@ typedef void bc_dot_roof_fn(const uint8_t *seed, int32_t *out, int32_t steps);
 
 /* A gemm task: its workspaces on the thread's stack (bytes, values), the register tiles of rows it
  * takes, and the rows it may read past the last one. kernels.c asserts that every schedule fits. */
-enum { BC_MAX_PANEL = 1 << 15, BC_MAX_PARTIAL = 1 << 14, BC_GEMM_BLOCKS = 32, BC_ROW_PAD = 16 };
+enum { BC_MAX_PANEL = 40 << 10, BC_MAX_PARTIAL = 1 << 14, BC_GEMM_BLOCKS = 32, BC_ROW_PAD = 16 };
+
+enum { BC_I2, BC_T5, BC_LAYOUTS };
 
 typedef struct bc_variant {
   const char *isa;
@@ -58,8 +60,8 @@ typedef struct bc_variant {
   int32_t gemm_rows, gemm_tiles; /* the register tile */
   bc_quantize_fn *quantize;
   bc_norm_quantize_fn *norm_quantize;
-  bc_gemv_fn *gemv;
-  bc_gemm_fn *gemm;
+  bc_gemv_fn *gemv[BC_LAYOUTS];
+  bc_gemm_fn *gemm[BC_LAYOUTS];
   bc_gemv_grouped_fn *gemv_grouped;
   bc_gemm_grouped_fn *gemm_grouped;
   bc_group_sums_fn *group_sums;
@@ -73,7 +75,7 @@ typedef struct bc_variant {
 
 extern const bc_variant bc_variants[]; /* best first */
 extern const int bc_variant_count;
-extern const char bc_layout[]; /* id of the weight layout all of them read */
+extern const Layout bc_layouts[]; /* BC_I2 ..., then one without an id */
 
 /* 1 if this CPU and operating system have a feature, 0 if not or if the name is unknown. */
 int bc_cpu_has(const char *feature);

@@ -47,12 +47,18 @@ typedef struct Tensor {
 
 typedef struct Device Device;
 
+typedef struct Layout { /* how weights lie in memory: bitcompile/packing.py */
+  const char *id;
+  int64_t tile_rows, tile_columns, tile_bytes;
+} Layout;
+
 typedef struct Kernel { /* one node; read-only after its creation, so that Compute is re-entrant */
   const BcApi *api;
   const Device *device;
   const void *state; /* of the registration: what Device.open gave */
   const Spec *spec;
-  int op; /* BC_BIT_LINEAR ... */
+  const Layout *layout; /* of the weights: one of the device's; the first where a node has none */
+  int op;               /* BC_BIT_LINEAR ... */
   int64_t K, N, F, F2, act_bits, bits, block, sub_norm, activation, kind, steps;
   int64_t group_size; /* columns that share a scale, 0 for a whole row */
   float eps;
@@ -65,8 +71,7 @@ typedef BcStatus *bc_compute_fn(const Kernel *, BcContext *);
 /* What runs the operators. A plugin has one, bc_device. */
 struct Device {
   const char *provider; /* execution provider, NULL for the CPU's */
-  const char *layout;   /* id of the weight layout its kernels read, and a tile of it */
-  int64_t tile_rows, tile_columns, tile_bytes;
+  const Layout *layouts; /* that its kernels read, up to one without an id */
   /* Once a registration: `state` of its kernels, which is never freed. */
   BcStatus *(*open)(const BcApi *, const void **state);
   bc_compute_fn *compute[BC_OPS]; /* NULL for an operator it does not have */

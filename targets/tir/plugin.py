@@ -35,8 +35,10 @@ NEEDED_BYTES = 32 << 20
 GENERATORS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
     "quantize": ("rows", "quantize", ()),
     "norm_quantize": ("rows", "norm_quantize", ()),
-    "gemv": ("gemv", "gemv", ()),
-    "gemm": ("gemm", "gemm", ()),
+    "gemv[BC_I2]": ("gemv", "gemv", ()),
+    "gemm[BC_I2]": ("gemm", "gemm", ()),
+    "gemv[BC_T5]": ("gemv", "gemv", (False, "t5")),
+    "gemm[BC_T5]": ("gemm", "gemm", (False, "t5")),
     "gemv_grouped": ("gemv", "gemv", (True,)),
     "gemm_grouped": ("gemm", "gemm", (True,)),
     "group_sums": ("rows", "group_sums", ()),
@@ -77,9 +79,10 @@ def kernel_table(isas: Sequence[str]) -> tuple[Kernel, ...]:
     )
 
 
-def _table_source(isas: Sequence[Isa], layout: str) -> str:
+def _table_source(isas: Sequence[Isa]) -> str:
     """``kernels.c``: declarations, the variants, best first, and what their schedules must meet."""
     from bitcompile.packing import GROUP_SIZES
+    from bitcompile.targets.tir.codes import CODINGS
     from bitcompile.targets.tir.gemm import panel_bytes, partial_values
     from bitcompile.targets.tir.isa import TILE_ROWS
     from bitcompile.targets.tir.roof import DOT_CHAINS
@@ -90,7 +93,12 @@ def _table_source(isas: Sequence[Isa], layout: str) -> str:
             kind = field.split("[")[0].rstrip("48")
             lines.append(f"bc_{kind}_fn {symbol(field, isa.name)};")
     asserts: list[str] = []
-    lines += ["", f'const char bc_layout[] = "{layout}";', "const bc_variant bc_variants[] = {"]
+    lines += ["", "const Layout bc_layouts[] = {"]
+    for name, coding in CODINGS.items():
+        tile = coding.layout
+        sizes = f'"{tile.id}", {tile.tile_n}, {tile.tile_k}, {tile.tile_bytes}'
+        lines.append(f"  [BC_{name.upper()}] = {{{sizes}}},")
+    lines += ["  [BC_LAYOUTS] = {0},", "};", "const bc_variant bc_variants[] = {"]
     for isa in isas:
         values = {
             "isa": f'"{isa.name}"',
@@ -126,7 +134,8 @@ def cache_dir() -> Path:
 def _fingerprint(*parts: str) -> str:
     """Hash of the generators, the C sources and the compilers' versions."""
     spine = Path(bitcompile.errors.__file__).parent
-    sources = [*sorted(TIR.glob("*.py")), *sorted(CSRC.iterdir()), spine / "numerics.py"]
+    sources = [*sorted(TIR.glob("*.py")), *sorted(CSRC.iterdir())]
+    sources += [spine / name for name in ("numerics.py", "packing.py")]
     digest = hashlib.sha256()
     for path in sources:
         if path.is_file():
@@ -157,16 +166,14 @@ def link(triple: str, objects: Sequence[Path], sources: Sequence[Path], out: Pat
     )
 
 
-def build_plugin(
-    isas: Callable[[], Sequence[Isa]], triple: str, layout: str, library: str, cpu: str
-) -> Path:
+def build_plugin(isas: Callable[[], Sequence[Isa]], triple: str, library: str, cpu: str) -> Path:
     """The plugin, from the cache or freshly compiled.
 
     ``isas``: called only when it must be compiled (it imports TVM); ``cpu``: the C file that knows
     the CPU's features. Raises ToolchainError if a compiler is missing or fails.
     """
     try:
-        folder = cache_dir() / _fingerprint(triple, layout, library, cpu)
+        folder = cache_dir() / _fingerprint(triple, library, cpu)
     except metadata.PackageNotFoundError as error:
         raise ToolchainError(
             f'package {error.name} is not installed: pip install "bitcompile[build]"'
@@ -175,7 +182,7 @@ def build_plugin(
     try:
         if not _intact(path):
             _require_space(folder.parent)
-            _compile(isas(), triple, layout, CSRC / cpu, path)
+            _compile(isas(), triple, CSRC / cpu, path)
     except OSError as error:
         raise ToolchainError(
             f"cannot use the cache {folder.parent} ({error.strerror}): set BITCOMPILE_CACHE to a "
@@ -205,7 +212,7 @@ def _require_space(folder: Path) -> None:
         raise ToolchainError(f"no space left in {folder}: free some, or set BITCOMPILE_CACHE")
 
 
-def _compile(isas: Sequence[Isa], triple: str, layout: str, cpu: Path, path: Path) -> None:
+def _compile(isas: Sequence[Isa], triple: str, cpu: Path, path: Path) -> None:
     """Compile and link into a temporary folder, then move the result to ``path``."""
     from bitcompile.targets.tir.objects import compile_object
 
@@ -218,7 +225,7 @@ def _compile(isas: Sequence[Isa], triple: str, layout: str, cpu: Path, path: Pat
             objects.append(work / f"{isa.name}.o")
             compile_object(functions, isa.target, objects[-1])
         table = work / "kernels.c"
-        table.write_text(_table_source(isas, layout))
+        table.write_text(_table_source(isas))
         made = work / path.name
         link(triple, objects, [table, *(CSRC / name for name in GLUE), cpu], made)
         digest = work / "sha256"
