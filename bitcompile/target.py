@@ -44,3 +44,6 @@ class Target:
     """None if this machine can run it, else what is missing."""
     can_build_here: Callable[[], str | None]
     """None if this machine can build it, else what is missing and how to get it."""
+    auto_layout: Callable[[int], tuple[str, str]] | None = None
+    """What ``--layout auto`` takes for ternary weights of so many bytes at 2 bits each: a layout's
+    id, and why. None: always the first of ``layouts``."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from bitcompile.packing import CPU_TILE, T5_TILE
 from bitcompile.target import Kernel, Target
+from bitcompile.targets.machine import cpu_flags, last_level_cache
 from bitcompile.targets.toolchain import missing_build_tools
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ TRIPLE = "x86_64-linux-gnu.2.17"
 """glibc 2.17 (2012): every Linux that onnxruntime supports."""
 NAMES = ("avx512-vbmi", "avx512-vnni", "avx-vnni", "avx2", "portable")
 LIBRARY = "libbitcompile_ops.so"
+T5_NEEDS = {"avx512_vbmi", "avx512_vnni"}
+"""As Linux names them."""
 
 
 def _isas() -> Sequence[Isa]:
@@ -31,6 +34,16 @@ def _compile() -> tuple[Path, tuple[Kernel, ...]]:
 
     library = build_plugin(_isas, TRIPLE, LIBRARY, "cpu_x86.c")
     return library, kernel_table(NAMES)
+
+
+def _auto_layout(size: int) -> tuple[str, str]:
+    """t5 where this CPU decodes it fast and weights come from memory, else i2."""
+    cache = last_level_cache()
+    if not T5_NEEDS <= cpu_flags():
+        return CPU_TILE.id, "t5 is fast with AVX-512 VBMI and VNNI, which this CPU has not"
+    if size <= cache:
+        return CPU_TILE.id, f"{size >> 20} MiB of weights fit the {cache >> 20} MiB of cache"
+    return T5_TILE.id, f"{size >> 20} MiB of weights exceed the {cache >> 20} MiB of cache"
 
 
 def _can_run_here() -> str | None:
@@ -50,4 +63,5 @@ X86 = Target(
     compile=_compile,
     can_run_here=_can_run_here,
     can_build_here=missing_build_tools,
+    auto_layout=_auto_layout,
 )

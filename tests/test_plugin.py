@@ -218,10 +218,12 @@ def glu(
     return attributes, constants
 
 
-def test_bit_glu_over_more_rows_than_one_pass() -> None:
+@pytest.mark.parametrize(("rows", "F"), [(600, 24), (600, 32), (515, 32)])
+def test_bit_glu_over_more_rows_than_one_pass(rows: int, F: int) -> None:
+    """Up rows that begin inside a tile or with one; a last pass of many rows or of a few."""
     rng = np.random.default_rng(5)
-    attributes, constants = glu(rng, 8, 24, "relu2", 1)
-    x = rng.standard_normal((2, 600, 8)).astype(np.float32)
+    attributes, constants = glu(rng, 8, F, "relu2", 1)
+    x = rng.standard_normal((2, rows, 8)).astype(np.float32)
     inputs = {"x": x, "residual": x}
     y = session(model("BitGLU", attributes, constants), threads=2).run(None, inputs)[0]
     reference = OPS["BitGLU"].reference({**constants, **inputs}, attributes)

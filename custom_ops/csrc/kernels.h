@@ -38,8 +38,9 @@ typedef void bc_gemm_grouped_fn(const uint8_t *w, const int32_t *q, const int32_
 /* sums [M, G] of q [M, Kp] */
 typedef void bc_group_sums_fn(const int8_t *q, int32_t *sums, int32_t M, int32_t Kp, int32_t G,
                               int32_t group_blocks);
-/* hidden [M, F] = act(both[:, :F]) * both[:, F:] */
-typedef void bc_glu_fn(const float *both, float *hidden, int32_t M, int32_t F);
+/* hidden [M, F] = act(gate) * up; rows of gate and up are ld apart, those of hidden ld_hidden */
+typedef void bc_glu_fn(const float *gate, const float *up, float *hidden, int32_t M, int32_t F,
+                       int32_t ld, int32_t ld_hidden);
 typedef void bc_head_quantize_fn(const float *x, int8_t *hi, int8_t *lo, int32_t *offset, float *s,
                                  int32_t M, int32_t K, int32_t B, int32_t per_block);
 typedef void bc_head_fn(const uint8_t *table, const float *scale, const int8_t *hi,

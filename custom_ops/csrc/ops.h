@@ -70,7 +70,7 @@ typedef BcStatus *bc_compute_fn(const Kernel *, BcContext *);
 
 /* What runs the operators. A plugin has one, bc_device. */
 struct Device {
-  const char *provider; /* execution provider, NULL for the CPU's */
+  const char *provider;  /* execution provider, NULL for the CPU's */
   const Layout *layouts; /* that its kernels read, up to one without an id */
   /* Once a registration: `state` of its kernels, which is never freed. */
   BcStatus *(*open)(const BcApi *, const void **state);
