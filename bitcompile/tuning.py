@@ -11,7 +11,11 @@ import ctypes
 import hashlib
 import json
 import mmap
+import os
+import statistics
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +24,111 @@ from typing import Any
 
 import numpy as np
 
+from bitcompile.artifact import Progress, silent
+from bitcompile.errors import ToolchainError, VerificationError
 from bitcompile.packing import layout
 
-ROWS, COLUMNS = 6912, 2560
-"""Shape of the matrix that decode candidates multiply, over and over."""
+COLUMNS = 2560
+"""Of every matrix that is multiplied."""
+BLOCK_ROWS = 256
+"""Rows of random weights, repeated to fill the memory."""
 PREFILL_ROWS, PREFILL_TOKENS = 1024, 192
 DOT_STEPS = 100_000
+BYTES = 640 << 20
+"""Weights that decode candidates read: more than any cache keeps."""
 Call = Mapping[str, Any]
+
+
+GAIN = 0.02
+"""A schedule must be faster than the present one by this to take its place."""
+
+
+def tune(
+    out: Path | None = None,
+    threads: int | None = None,
+    repeat: int = 7,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Time every schedule of this CPU's best kernel variant and remember the fastest in ``out``.
+
+    ``out``: a presets file (None: the one in the cache folder, which builds read); ``threads``:
+    that decode together (None: every CPU this process may use). Returns ``cpu``, ``isa``, the
+    chosen ``gemv`` and ``gemm``, and ``candidates``: ``kind``, ``layout``, ``point`` and ``rate``
+    (bytes or multiply-accumulates a second) of each, the machine's roofs (kinds ``read`` and
+    ``dot``) among them. Raises ToolchainError without the build tools or for a machine that is no
+    x86-64 Linux, VerificationError if a schedule changes a result.
+    """
+    from bitcompile.targets import resolve
+
+    target = resolve("x86")
+    missing = target.can_run_here() or target.can_build_here()
+    if missing is not None:
+        raise ToolchainError(f"cannot tune here: {missing}")
+    from bitcompile.targets.machine import cpu_flags, cpu_model
+    from bitcompile.targets.tir import presets
+    from bitcompile.targets.tir.plugin import cache_dir
+    from bitcompile.targets.tir.space import compile_space
+    from bitcompile.targets.tir.x86 import ISAS
+
+    flags = {flag.replace("_", "") for flag in cpu_flags()}
+    isa = next(isa for isa in ISAS if flags.issuperset(isa.features))
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "space.so"
+        progress(f"compiling the space of {isa.name}")
+        calls = compile_space(isa, target.host, library)
+        progress(f"measuring {len(calls)} kernels")
+        spec = {"library": str(library), "calls": calls, "repeat": repeat, "bytes": BYTES}
+        spec["threads"] = threads or len(os.sched_getaffinity(0))
+        results = _in_child(spec, Path(folder) / "spec.json")
+    chosen = choose(calls, results)
+    presets.remember(out or cache_dir() / presets.NAME, cpu_model(), isa.name, chosen)
+    return {"cpu": cpu_model(), "isa": isa.name, **chosen, "candidates": rates(calls, results)}
+
+
+def _in_child(spec: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """:func:`measure` in a process of its own."""
+    path.write_text(json.dumps(spec), "utf-8")
+    command = [sys.executable, "-m", "bitcompile.tuning", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+        raise ToolchainError(f"measuring failed ({reason}): free memory and tune again")
+    return dict(json.loads(done.stdout))
+
+
+def choose(calls: Sequence[Call], results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The fastest point of each kind over all layouts; the first (present) one unless beaten.
+
+    Raises VerificationError if two points of a kind gave different results.
+    """
+    chosen: dict[str, dict[str, Any]] = {}
+    for kind in ("gemv", "gemm"):
+        mine = [call for call in calls if call["kind"] == kind]
+        if len({results[call["symbol"]]["digest"] for call in mine}) > 1:
+            raise VerificationError(f"schedules of {kind} differ in their results: report this")
+        scores: dict[str, float] = {}
+        first: dict[str, float] = {}
+        for call in mine:
+            point = json.dumps(call["point"], sort_keys=True)
+            seconds = statistics.median(results[call["symbol"]]["seconds"])
+            relative = seconds / first.setdefault(call["layout"], seconds)
+            scores[point] = scores.get(point, 0.0) + relative
+        present = next(iter(scores))
+        best = min(scores, key=scores.__getitem__)
+        kept = best if scores[best] < scores[present] * (1 - GAIN) else present
+        chosen[kind] = json.loads(kept)
+    return chosen
+
+
+def rates(calls: Sequence[Call], results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each call's ``kind``, ``layout``, ``point`` and median ``rate``."""
+    rows = []
+    for call in calls:
+        found = results[call["symbol"]]
+        rate = found["work"] / statistics.median(found["seconds"])
+        row = {"kind": call["kind"], "layout": call.get("layout"), "point": call.get("point")}
+        rows.append({**row, "rate": rate})
+    return rows
 
 
 def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,20 +172,21 @@ class _Memory:
         tile = layout(id)
         K = COLUMNS
         rng = np.random.default_rng(0)
-        codes = rng.integers(0, 3, (256, K)).astype(np.uint8)
+        codes = rng.integers(0, 3, (BLOCK_ROWS, K)).astype(np.uint8)
         block = tile.encode(codes).ravel()
         count = len(self.bytes) // len(block)
         if self._held != id:
             self.bytes[: count * len(block)].reshape(count, -1)[:] = block
             self._held = id
-        return count * 256 // tile.tile_n
+        return count * BLOCK_ROWS // tile.tile_n
 
 
 Prepared = tuple[Callable[[], None], float, Callable[[], str]]
 
 
 def _pointer(array: np.ndarray[Any, Any], offset: int = 0) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data + offset)
+    """Its address, ``offset`` bytes on; keeps the array alive."""
+    return array.reshape(-1).view(np.uint8)[offset:].ctypes.data_as(ctypes.c_void_p)
 
 
 def _in_threads(tasks: Sequence[Callable[[], None]]) -> None:
@@ -135,7 +238,7 @@ def _gemv(library: Any, call: Call, spec: Mapping[str, Any], memory: _Memory) ->
         memory.weights(tile.id)
         _in_threads(tasks)
 
-    return run, float(share * threads * KB * tile.tile_bytes), lambda: _digest(y)
+    return run, float(share * threads * KB * tile.tile_bytes), lambda: _digest(y[:BLOCK_ROWS])
 
 
 def _gemm(library: Any, call: Call, spec: Mapping[str, Any], memory: _Memory) -> Prepared:

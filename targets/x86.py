@@ -23,23 +23,25 @@ T5_NEEDS = {"avx512_vbmi", "avx512_vnni"}
 """As Linux names them."""
 
 
-def _isas() -> Sequence[Isa]:
-    from bitcompile.targets.tir.x86 import ISAS
-
-    return ISAS
-
-
 def _compile() -> tuple[Path, tuple[Kernel, ...]]:
-    from bitcompile.targets.tir.plugin import build_plugin, kernel_table
+    from bitcompile.targets.tir import presets
+    from bitcompile.targets.tir.plugin import build_plugin, cache_dir, kernel_table
 
-    library = build_plugin(_isas, TRIPLE, LIBRARY, "cpu_x86.c")
+    schedules = presets.for_this_cpu(cache_dir() / presets.NAME)
+
+    def isas() -> Sequence[Isa]:
+        from bitcompile.targets.tir.x86 import ISAS
+
+        return presets.tuned(ISAS, schedules)
+
+    library = build_plugin(isas, TRIPLE, LIBRARY, "cpu_x86.c", schedules)
     return library, kernel_table(NAMES)
 
 
 def _auto_layout(size: int) -> tuple[str, str]:
     """t5 where this CPU decodes it fast and weights come from memory, else i2."""
     cache = last_level_cache()
-    if not T5_NEEDS <= cpu_flags():
+    if not T5_NEEDS.issubset(cpu_flags()):
         return CPU_TILE.id, "t5 is fast with AVX-512 VBMI and VNNI, which this CPU has not"
     if size <= cache:
         return CPU_TILE.id, f"{size >> 20} MiB of weights fit the {cache >> 20} MiB of cache"

@@ -7,12 +7,13 @@ once and kept in the user's cache under a hash of everything it was made from.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,14 +167,21 @@ def link(triple: str, objects: Sequence[Path], sources: Sequence[Path], out: Pat
     )
 
 
-def build_plugin(isas: Callable[[], Sequence[Isa]], triple: str, library: str, cpu: str) -> Path:
+def build_plugin(
+    isas: Callable[[], Sequence[Isa]],
+    triple: str,
+    library: str,
+    cpu: str,
+    schedules: Mapping[str, Any] | None = None,
+) -> Path:
     """The plugin, from the cache or freshly compiled.
 
     ``isas``: called only when it must be compiled (it imports TVM); ``cpu``: the C file that knows
-    the CPU's features. Raises ToolchainError if a compiler is missing or fails.
+    the CPU's features; ``schedules``: presets that ``isas`` took. Raises ToolchainError if a
+    compiler is missing or fails.
     """
     try:
-        folder = cache_dir() / _fingerprint(triple, library, cpu)
+        folder = cache_dir() / _fingerprint(triple, library, cpu, json.dumps(schedules or {}))
     except metadata.PackageNotFoundError as error:
         raise ToolchainError(
             f'package {error.name} is not installed: pip install "bitcompile[build]"'

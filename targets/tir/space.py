@@ -19,10 +19,12 @@ from bitcompile.targets.tir.plugin import zig
 from bitcompile.targets.tir.roof import DOT_CHAINS, dot_roof, read_roof
 
 CHAINS = (1, 2)
-STREAMS = (1, 2)
-PREFETCH = ((0, 0), (2048, 3), (4096, 3), (8192, 3), (8192, 2), (16384, 2))
+STREAMS = (1, 2, 4)
+ACCUMULATORS = 4
+"""Most streams x chains: more would not fit the registers."""
+PREFETCH = ((4096, 3), (8192, 3), (16384, 3), (16384, 2), (32768, 2))
 """(bytes ahead, locality)."""
-REGISTER_TILES = {64: ((6, 4), (12, 2), (8, 3)), 32: ((4, 1), (6, 1)), 16: ((2, 1), (4, 1))}
+REGISTER_TILES = {64: ((6, 4), (12, 2)), 32: ((4, 1), (6, 1)), 16: ((2, 1), (4, 1))}
 """(activation rows, weight tiles) by the bytes of a vector: as many sums as there are registers."""
 PANEL_BYTES = (16 << 10, 32 << 10)
 QUADS = (1, 2)
@@ -41,19 +43,23 @@ def gemv_points(isa: Isa) -> Iterator[Gemv]:
                     prefetch_bytes=distance,
                     prefetch_locality=locality,
                 )
-                if made != isa.gemv:
+                if made != isa.gemv and streams * chains <= ACCUMULATORS:
                     yield made
 
 
 def gemm_points(isa: Isa) -> Iterator[Gemm]:
     """Prefill schedules; the present one first."""
     yield isa.gemm
+    seen: list[Gemm] = []
     for rows, tiles in REGISTER_TILES[isa.bytes]:
         for panel in PANEL_BYTES:
+            # Narrow sums bound the columns of a panel, and a panel holds whole groups of scales.
+            bound = panel // (256 * tiles) // 16 * 16
+            blocks = bound if isa.flush_blocks is None else min(bound, isa.gemm.k_blocks)
             for quads in QUADS:
-                made = Gemm(rows, tiles, panel // (256 * tiles), quads)
-                # Narrow sums bound the columns of a panel.
-                if made != isa.gemm and (isa.flush_blocks is None or panel <= 16 << 10):
+                made = Gemm(rows, tiles, blocks, quads)
+                if blocks and made != isa.gemm and made not in seen:
+                    seen.append(made)
                     yield made
 
 
