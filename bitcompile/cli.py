@@ -488,6 +488,38 @@ def _operator_table(operators: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
+@cli.command()
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Presets file to add to [default: the one in the cache folder, which builds read].",
+)
+@click.option(
+    "--repeat",
+    type=click.IntRange(min=1),
+    default=7,
+    show_default=True,
+    help="Repeats; medians count.",
+)
+@_threads
+@_json
+@_debug
+def tune(out: Path | None, repeat: int, threads: int | None, as_json: bool) -> None:
+    """Find the fastest kernel schedules for this CPU; later builds use them."""
+    from bitcompile.tuning import tune as search
+
+    with _progress() as progress:
+        result = search(out, threads, repeat, progress)
+    if as_json:
+        _print_json(result)
+        return
+    for kind in ("gemv", "gemm"):
+        chosen = ", ".join(f"{name} {value}" for name, value in result[kind].items())
+        click.echo(f"{kind}  {chosen}")
+    click.echo(f"remembered for {result['isa']} on {result['cpu']}")
+
+
 def _number(value: Any) -> str:
     if isinstance(value, list):
         return " to ".join(map(_number, value))
