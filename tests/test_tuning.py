@@ -93,7 +93,7 @@ def test_presets_change_the_schedule_and_nothing_else() -> None:
     made = presets.tuned(ISAS, {"avx2": {"gemv": {"streams": 1}}})
     assert made[ISAS.index(AVX2)] == replace(AVX2, gemv=replace(AVX2.gemv, streams=1))
     assert [a for a in made if a.name != "avx2"] == [a for a in ISAS if a.name != "avx2"]
-    with pytest.raises(InputError, match="presets of avx2: .*tune again"):
+    with pytest.raises(InputError, match=r"presets of avx2: .*tune again"):
         presets.tuned(ISAS, {"avx2": {"gemv": {"speed": 1}}})
 
 
