@@ -68,7 +68,7 @@ def _rows(
     steps: list[dict[str, list[float]]], read: Mapping[str, int], roof: float
 ) -> list[dict[str, Any]]:
     names = {name for step in steps for name in step if name}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in names:
         seconds = float(np.median([sum(step.get(name, [])) for step in steps]))
         touched = read.get(name, 0)
