@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import Shuffle
@@ -70,6 +71,13 @@ def splat(value: Expr, lanes: int) -> Expr:
 def const(value: float | int, dtype: str, lanes: int) -> Expr:
     """A constant in every lane."""
     return splat(tvm.tirx.const(value, dtype), lanes)
+
+
+def constants(values: np.ndarray) -> Expr:
+    """A vector of the given constants."""
+    dtype = values.dtype.name
+    scalars = [tvm.tirx.const(value, dtype) for value in values.tolist()]
+    return Shuffle(scalars, [T.int32(i) for i in range(len(scalars))])
 
 
 def typed(dtype: str, lanes: int) -> str:

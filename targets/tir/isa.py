@@ -77,6 +77,8 @@ class Gemv:
 
     streams: int = 1
     """16-row tiles walked at once for one activation row."""
+    chains: int = 1
+    """Tiles along K a step, each with accumulators of its own: hides the latency of a product."""
     batch: int = 4
     """Activation rows that share one read of a tile when there are several."""
     prefetch_bytes: int = 16384
@@ -117,6 +119,9 @@ class Isa:
     """``(v, p, lanes) -> (codes * 2**shift, shift)``."""
     flush_blocks: int | None
     """16-column blocks after which gemv accumulators must be widened; None for never."""
+    split_trits: Callable[[Expr, int], tuple[Expr, tuple[Expr, int]]] | None = None
+    """``(v, lanes)`` of layout t5 to four codes as bit pairs and ``(fifth code << shift, shift)``;
+    None: by arithmetic (``codes.split_trits``)."""
     features: tuple[str, ...] = ()
     """CPU features it needs, as named in ``custom_ops/csrc/cpu_*.c``."""
     acc_parts: int = 1

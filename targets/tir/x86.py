@@ -1,8 +1,13 @@
-"""Kernel variants of x86-64: AVX-512 VNNI, AVX2 and portable."""
+"""Kernel variants of x86-64: AVX-512 VNNI with and without VBMI, AVX-VNNI, AVX2 and portable."""
 
 from __future__ import annotations
 
-from bitcompile.targets.tir.dsl import Expr, T, const, intrinsic
+from dataclasses import replace
+
+import numpy as np
+
+from bitcompile.packing import T5
+from bitcompile.targets.tir.dsl import Expr, T, const, constants, intrinsic
 from bitcompile.targets.tir.isa import (
     Gemm,
     Gemv,
@@ -16,6 +21,25 @@ from bitcompile.targets.tir.isa import (
 
 def _vpdpbusd(acc: Expr, w: Expr, a: Expr) -> Expr:
     return intrinsic("llvm.x86.avx512.vpdpbusd.512", "int32x16", acc, w, a)
+
+
+def _vpdpbusd_256(acc: Expr, w: Expr, a: Expr) -> Expr:
+    return intrinsic("llvm.x86.avx512.vpdpbusd.256", "int32x8", acc, w, a)
+
+
+def _vpermb(table: np.ndarray, index: Expr) -> Expr:
+    """``table[index & 63]`` of 64 bytes."""
+    return intrinsic("llvm.x86.avx512.permvar.qi.512", "uint8x64", constants(table), index)
+
+
+def _split_trits(v: Expr, lanes: int) -> tuple[Expr, tuple[Expr, int]]:
+    """The quadrant code by look-ups in the low six bits, one table below 0xC0 and one above."""
+    pairs = (T5.codes[:, :4] << (2 * np.arange(4))).sum(axis=1).astype(np.uint8)
+    top = (T5.codes[:, 4] << 6).astype(np.uint8)
+    spare = v >= const(0xC0, "uint8", lanes)
+    four = T.Select(spare, _vpermb(pairs[192:], v), _vpermb(pairs[:64], v))
+    kept = T.bitwise_and(v, const(0xC0, "uint8", lanes))
+    return four, (T.Select(spare, _vpermb(top[192:], v), kept), 6)
 
 
 def _vpmaddubsw(acc: Expr, w: Expr, a: Expr) -> Expr:
@@ -66,6 +90,29 @@ AVX512_VNNI = Isa(
     gemm=Gemm(rows=6, tiles=4, k_blocks=32),
 )
 
+AVX512_VBMI = replace(
+    AVX512_VNNI,
+    name="avx512-vbmi",
+    target={"kind": "llvm", "mcpu": "icelake-server"},
+    split_trits=_split_trits,
+    features=(*AVX512_VNNI.features, "avx512vbmi"),
+)
+
+AVX_VNNI = Isa(
+    name="avx-vnni",
+    target={"kind": "llvm", "mcpu": "alderlake"},
+    bytes=32,
+    dot4=_vpdpbusd_256,
+    ternary_dot=_vpdpbusd_256,
+    acc_dtype="int32",
+    widen=lambda acc: acc,
+    decode_field=field_in_place,
+    flush_blocks=None,
+    features=("avx2", "avxvnni"),
+    gemv=Gemv(streams=1, batch=1),
+    gemm=Gemm(rows=4, tiles=1, k_blocks=32),
+)
+
 AVX2 = Isa(
     name="avx2",
     target={"kind": "llvm", "mcpu": "haswell"},
@@ -99,4 +146,4 @@ PORTABLE = Isa(
     gemm=Gemm(rows=2, tiles=1, k_blocks=16),
 )
 
-ISAS = (AVX512_VNNI, AVX2, PORTABLE)
+ISAS = (AVX512_VBMI, AVX512_VNNI, AVX_VNNI, AVX2, PORTABLE)
