@@ -176,7 +176,9 @@ class _Prefill:
             acc = self.tile.multiply(m, first, inner * size, T.min(size, count - inner * size))
             for i, (r, v) in enumerate(self.cells):
                 tile, lane = divmod(self._first_row(v), TILE_ROWS)
-                at = (tile * self.G + j) * TILE_ROWS + lane
+                # A missing tile has no scales to read: it takes the first one's.
+                held = T.if_then_else(tile * TILE_ROWS < self.out.rows, tile, 0)
+                at = (held * self.G + j) * TILE_ROWS + lane
                 part = self.out.group_part(m + r, at, j, self.G, self.tile.total(acc, r, v), lanes)
                 store(sums, i * lanes, load(sums, i * lanes, lanes) + part, lanes)
 
