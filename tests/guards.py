@@ -179,7 +179,7 @@ def heads(c: Caller) -> None:
     """The head's table, of both widths."""
     for bits, blocks in ((8, (64, 128, 256)), (4, (128, 256))):
         for block in blocks:
-            for M in (1, 2, 5):
+            for M in (1, 2, 5, 7):
                 for K in COLUMNS:
                     for V in ROWS:
                         _head(c, bits, block, M, K, V)

@@ -17,6 +17,7 @@ import numpy as np
 from bitcompile import numerics
 from bitcompile.packing import CPU_TILE, Layout, PackedTernary, layout
 from bitcompile.targets import resolve
+from bitcompile.targets.tir import arm, x86
 from bitcompile.targets.tir.linking import CSRC, zig
 from bitcompile.targets.tir.plugin import coding, static_library
 from tests.tools import program
@@ -327,7 +328,7 @@ def check_head(machine: Machine, isa: str, a: Arrays, bits: int) -> int:
     """The head on ``x``, ``codes``, ``table_scale``: ``head_q`` (15-bit) and ``logits``."""
     quantized = machine.run([head(a["x"], a["codes"], a["table_scale"], bits)], isa)[0]
     B, per_block = a["codes"].shape[1], a["codes"].shape[2] // 64
-    whole = quantized["hi"].astype(np.int32) * 128 + quantized["lo"]
+    whole = _whole(quantized, isa)
     parts = whole.reshape(len(whole), B, per_block, 8 // bits, 64)
     q = parts.transpose(0, 1, 2, 4, 3).reshape(len(whole), -1)  # fields of a byte side by side
     K = a["x"].shape[1]
@@ -338,6 +339,15 @@ def check_head(machine: Machine, isa: str, a: Arrays, bits: int) -> int:
     np.testing.assert_array_equal(y[:, :-3], a["logits"])
     assert (y[:, -3:] == 99).all()
     return q.size + y.size
+
+
+def _whole(quantized: Arrays, isa: str) -> np.ndarray:
+    """15-bit activations, int32 ``[M, width]``, of the two halves a variant has of them."""
+    words = next(i.word_dot for i in (*x86.ISAS, *arm.ISAS) if i.name == isa)
+    if words is None:
+        return quantized["hi"].astype(np.int32) * 128 + quantized["lo"]
+    halves = [quantized[name].view(np.int16).astype(np.int32) for name in ("hi", "lo")]
+    return np.stack(halves, axis=2).reshape(len(halves[0]), -1)
 
 
 def head_inputs(rng: np.random.Generator, V: int, K: int, M: int, bits: int) -> Arrays:

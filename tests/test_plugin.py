@@ -231,7 +231,9 @@ def test_bit_glu_over_more_rows_than_one_pass(rows: int, F: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("V", "K", "M"), [(1, 1, 1), (37, 128, 1), (50, 300, 3), (700, 512, 2)])
+@pytest.mark.parametrize(
+    ("V", "K", "M"), [(1, 1, 1), (37, 128, 1), (50, 300, 3), (700, 512, 2), (41, 300, 8)]
+)
 def test_head_is_bit_identical(variant: str, bits: int, V: int, K: int, M: int) -> None:
     rng = np.random.default_rng(V)
     codes, scale = numerics.quantize_table(rng.standard_normal((V, K)).astype("f4"), bits, 128)

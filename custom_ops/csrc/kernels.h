@@ -41,6 +41,9 @@ typedef void bc_group_sums_fn(const int8_t *q, int32_t *sums, int32_t M, int32_t
 /* hidden [M, F] = act(gate) * up; rows of gate and up are ld apart, those of hidden ld_hidden */
 typedef void bc_glu_fn(const float *gate, const float *up, float *hidden, int32_t M, int32_t F,
                        int32_t ld, int32_t ld_hidden);
+/* 15-bit quantisation: hi and lo as two digits, or as the activations of even and odd table bytes;
+ * the same variant's head reads them. A head gets so much of the table as the second cache holds,
+ * and may read it again for further rows. */
 typedef void bc_head_quantize_fn(const float *x, int8_t *hi, int8_t *lo, int32_t *offset, float *s,
                                  int32_t M, int32_t K, int32_t B, int32_t per_block);
 typedef void bc_head_fn(const uint8_t *table, const float *scale, const int8_t *hi,

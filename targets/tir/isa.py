@@ -100,6 +100,15 @@ class Gemm:
 
 
 @dataclass(frozen=True)
+class Head:
+    """Parameters of the head's schedule: the register tile."""
+
+    rows: int = 2
+    """Activation rows, a power of two; fewer are taken in smaller powers."""
+    table_rows: int = 1
+
+
+@dataclass(frozen=True)
 class Isa:
     """One kernel variant of a CPU plugin."""
 
@@ -129,11 +138,14 @@ class Isa:
     quad: Quad = broadcast_quad
     signed: bool = False
     """Whether ``dot4`` takes signed weights."""
+    word_dot: Dot | None = None
+    """``acc int32 + sums of 2 products`` of int16, where the head is faster with that."""
     matrix_dot: Dot | None = None
     """``acc int32 [2, 2] + w int8 [2, 8] . a int8 [2, 8]`` (acc[a][w]), where there is such an
     instruction: prefill then uses it."""
     gemv: Gemv = field(default_factory=Gemv)
     gemm: Gemm = field(default_factory=lambda: Gemm(rows=4, tiles=1, k_blocks=16))
+    head: Head = field(default_factory=Head)
 
     @property
     def rows(self) -> int:

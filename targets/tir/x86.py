@@ -11,6 +11,7 @@ from bitcompile.targets.tir.dsl import Expr, T, const, constants, intrinsic
 from bitcompile.targets.tir.isa import (
     Gemm,
     Gemv,
+    Head,
     Isa,
     dot4_generic,
     field_in_place,
@@ -47,6 +48,14 @@ def _vpmaddubsw(acc: Expr, w: Expr, a: Expr) -> Expr:
     return acc + intrinsic("llvm.x86.avx2.pmadd.ub.sw", "int16x16", w, a)
 
 
+def _vpmaddwd(acc: Expr, w: Expr, a: Expr) -> Expr:
+    return acc + intrinsic("llvm.x86.avx2.pmadd.wd", "int32x8", w, a)
+
+
+def _pmaddwd(acc: Expr, w: Expr, a: Expr) -> Expr:
+    return acc + intrinsic("llvm.x86.sse2.pmadd.wd", "int32x4", w, a)
+
+
 def _pairs_to_int32(acc: Expr) -> Expr:
     one = const(1, "int16", 16)
     return intrinsic("llvm.x86.avx2.pmadd.wd", "int32x8", acc, one)
@@ -63,9 +72,7 @@ def _dot4_avx2(acc: Expr, w: Expr, a: Expr) -> Expr:
     )
     a_even = T.shift_right(T.shift_left(a16, eight), eight)
     a_odd = T.shift_right(a16, eight)
-    for w_part, a_part in ((w_even, a_even), (w_odd, a_odd)):
-        acc = acc + intrinsic("llvm.x86.avx2.pmadd.wd", "int32x8", w_part, a_part)
-    return acc
+    return _vpmaddwd(_vpmaddwd(acc, w_even, a_even), w_odd, a_odd)
 
 
 def _avx2_field(v: Expr, p: int, lanes: int) -> tuple[Expr, int]:
@@ -88,6 +95,7 @@ AVX512_VNNI = Isa(
     features=("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"),
     gemv=Gemv(streams=1, batch=4, prefetch_bytes=8192, prefetch_locality=3),
     gemm=Gemm(rows=6, tiles=4, k_blocks=32),
+    head=Head(rows=4, table_rows=2),
 )
 
 AVX512_VBMI = replace(
@@ -127,6 +135,7 @@ AVX2 = Isa(
     # 2**15. |q| <= 127 because fl(x * fl(fl(1/t) * 127)) rounds to at most 127 for |x| <= t.
     flush_blocks=8,
     features=("avx2",),
+    word_dot=_vpmaddwd,
     gemv=Gemv(streams=2, batch=2),
     # A panel holds plain codes: 16 blocks add at most 64 * 2 * 2 * 127 = 32512.
     gemm=Gemm(rows=6, tiles=1, k_blocks=16),
@@ -142,8 +151,10 @@ PORTABLE = Isa(
     widen=lambda acc: acc,
     decode_field=field_shifted,
     flush_blocks=None,
+    word_dot=_pmaddwd,
     gemv=Gemv(streams=1, batch=1),
     gemm=Gemm(rows=2, tiles=1, k_blocks=16),
+    head=Head(rows=1),
 )
 
 ISAS = (AVX512_VBMI, AVX512_VNNI, AVX_VNNI, AVX2, PORTABLE)
