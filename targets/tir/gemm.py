@@ -45,12 +45,16 @@ def gemm(isa: Isa, name: str, grouped: bool = False, coding: str = "i2") -> Any:
         blocks = prefill.k_blocks
         chunks = T.floordiv(KB + (blocks - 1), blocks)
         uniform = out.uniform(isa.gemm.tiles * TILE_ROWS, isa.rows) if not grouped else None
+        blocks_of_rows = T.floordiv(M + (isa.gemm.rows - 1), isa.gemm.rows)
         with T.serial(chunks) as chunk:
             first = chunk * blocks
             count = T.min(blocks, KB - first)
             prefill.unpack(tiles, first, count)
-            with T.serial(T.floordiv(M + (isa.gemm.rows - 1), isa.gemm.rows)) as mt:
-                prefill.rows(mt, M, first, count, chunk, chunks, uniform)
+            # A loop each: what the last chunk writes would burden the loop of the others.
+            with when(chunk < chunks - 1), T.serial(blocks_of_rows) as mt:
+                prefill.keep(mt, prefill.sums(mt, first, count, chunk))
+            with when(chunk == chunks - 1), T.serial(blocks_of_rows) as mt:
+                prefill.write(mt, M, prefill.sums(mt, first, count, chunk), uniform)
 
     extra = GROUP_SIZES if grouped else ()
     workspace = (("panel", "uint8*"), ("partial", "float32*" if grouped else "int32*"))
@@ -105,35 +109,39 @@ class _Prefill:
                     v = load(self.w, base, isa.bytes)
                     self.tile.unpack(kb, t * isa.groups + g, self.coding.plain(isa, v))
 
-    def rows(
-        self, mt: Expr, M: Expr, first: Expr, count: Expr, chunk: Expr, chunks: Expr, uniform: Expr
-    ) -> None:
-        """One register tile over one panel: continue its sums, then keep or write them."""
+    def sums(self, mt: Expr, first: Expr, count: Expr, chunk: Expr) -> Buffer:
+        """One register tile over one panel, with its earlier sums."""
         lanes, m = self.isa.rows, mt * self.isa.gemm.rows
-        at = mt * (len(self.cells) * lanes)
         sums = local(len(self.cells) * lanes, "int32" if self.G is None else "float32")
         if self.G is None:
             # The earlier sums are read after the products: registers hold one tile, not two.
             acc = self.tile.multiply(m, first, 0, count)
             for i in range(len(self.cells)):
                 store(sums, i * lanes, self.tile.total(acc, *self.cells[i]), lanes)
-            self._add_earlier(sums, at, chunk)
+            self._add_earlier(sums, mt, chunk)
         else:
             for i in range(len(self.cells)):
                 store(sums, i * lanes, const(0.0, "float32", lanes), lanes)
-            self._add_earlier(sums, at, chunk)
+            self._add_earlier(sums, mt, chunk)
             self._add_groups(sums, m, first, count)
-        with when(chunk < chunks - 1):
-            for i in range(len(self.cells)):
-                store(self.partial, at + i * lanes, load(sums, i * lanes, lanes), lanes)
-        with when(chunk == chunks - 1):
-            if self.G is not None:
-                self._write(m, M, sums, self.out.write_grouped)
-                return
-            with when(uniform == 0):
-                self._write(m, M, sums, self.out.write)
-            with when(uniform != 0):
-                self._write_uniform(m, M, sums)
+        return sums
+
+    def keep(self, mt: Expr, sums: Buffer) -> None:
+        """Leave sums to the next panel."""
+        at, lanes = self._kept(mt), self.isa.rows
+        for i in range(len(self.cells)):
+            store(self.partial, at + i * lanes, load(sums, i * lanes, lanes), lanes)
+
+    def write(self, mt: Expr, M: Expr, sums: Buffer, uniform: Expr) -> None:
+        """The outputs of whole sums."""
+        m = mt * self.isa.gemm.rows
+        if self.G is not None:
+            self._write(m, M, sums, self.out.write_grouped)
+            return
+        with when(uniform == 0):
+            self._write(m, M, sums, self.out.write)
+        with when(uniform != 0):
+            self._write_uniform(m, M, sums)
 
     def _write(self, m: Expr, M: Expr, sums: Buffer, write: Callable[..., None]) -> None:
         """The outputs of every row and vector that exist."""
@@ -161,8 +169,11 @@ class _Prefill:
         """Weight row of the first lane of vector ``v``."""
         return (v // self.isa.groups) * TILE_ROWS + (v % self.isa.groups) * self.isa.rows
 
-    def _add_earlier(self, sums: Buffer, at: Expr, chunk: Expr) -> None:
-        lanes = self.isa.rows
+    def _kept(self, mt: Expr) -> Expr:
+        return mt * (len(self.cells) * self.isa.rows)
+
+    def _add_earlier(self, sums: Buffer, mt: Expr, chunk: Expr) -> None:
+        at, lanes = self._kept(mt), self.isa.rows
         with when(chunk > 0):
             for i in range(0, len(self.cells) * lanes, lanes):
                 earlier = load(self.partial, at + i, lanes)
