@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,11 +209,15 @@ def _activations(M: int, Kp: int) -> tuple[np.ndarray[Any, Any], ...]:
     return q, sums, np.linspace(1, 2, M + 16, dtype=np.float32)
 
 
-def _product(function: Any, operands: Sequence[Any], sizes: Sequence[int], *rest: Any) -> None:
+def _product(
+    function: Any, operands: Sequence[Any], sizes: Sequence[int], *rest: Any
+) -> Callable[[], None]:
+    """A call of a kernel; its arguments are made before it is timed."""
     w, q, sums, s, scale, y = operands
     rows, ldy, tiles, M, KB = (ctypes.c_int32(v) for v in sizes)
     none, no = ctypes.c_void_p(0), ctypes.c_int32(0)
-    function(w, q, sums, s, scale, none, none, y, rows, ldy, no, no, tiles, M, KB, *rest)
+    arguments = (w, q, sums, s, scale, none, none, y, rows, ldy, no, no, tiles, M, KB, *rest)
+    return partial(function, *arguments)
 
 
 def _gemv(library: Any, call: Call, spec: Mapping[str, Any], memory: _Memory) -> Prepared:
@@ -230,7 +235,7 @@ def _gemv(library: Any, call: Call, spec: Mapping[str, Any], memory: _Memory) ->
         operands += [_pointer(v) for v in (q, sums, s)]
         operands += [_pointer(v, n * 4) for v in (scale, y)]
         sizes = [share * tile.tile_n, N, share, 1, KB]
-        return lambda: _product(function, operands, sizes)
+        return _product(function, operands, sizes)
 
     tasks = [part(i) for i in range(threads)]
 
@@ -248,11 +253,11 @@ def _gemm(library: Any, call: Call, spec: Mapping[str, Any], memory: _Memory) ->
     q, sums, s = _activations(M, KB * tile.tile_k)
     blocks = -(-M // point["rows"])
     panel = np.zeros(call["panel"] + 64, np.uint8)
-    partial = np.zeros(call["partial"] * blocks + 16, np.int32)
+    kept = np.zeros(call["partial"] * blocks + 16, np.int32)
     scale = np.full(PREFILL_ROWS, 0.02, np.float32)
     y = np.zeros((M, PREFILL_ROWS), np.float32)
     panel_at = _pointer(panel, -panel.ctypes.data % 64)
-    partial_at = _pointer(partial, -partial.ctypes.data % 64)
+    kept_at = _pointer(kept, -kept.ctypes.data % 64)
     steps = []
     for first in range(0, PREFILL_ROWS // tile.tile_n, point["tiles"]):
         n = first * tile.tile_n
@@ -260,11 +265,12 @@ def _gemm(library: Any, call: Call, spec: Mapping[str, Any], memory: _Memory) ->
         operands += [_pointer(v) for v in (q, sums, s)]
         operands += [_pointer(scale, n * 4), _pointer(y, n * 4)]
         count = min(point["tiles"], PREFILL_ROWS // tile.tile_n - first)
-        steps.append((operands, [PREFILL_ROWS - n, PREFILL_ROWS, count, M, KB]))
+        sizes = [PREFILL_ROWS - n, PREFILL_ROWS, count, M, KB]
+        steps.append(_product(function, operands, sizes, panel_at, kept_at))
 
     def run() -> None:
-        for operands, sizes in steps:
-            _product(function, operands, sizes, panel_at, partial_at)
+        for step in steps:
+            step()
 
     return run, float(PREFILL_ROWS * COLUMNS * M), lambda: _digest(y)
 
@@ -284,7 +290,7 @@ def _read(library: Any, call: Call, spec: Mapping[str, Any], memory: _Memory) ->
 
 
 def _dot(library: Any, call: Call, spec: Mapping[str, Any], memory: _Memory) -> Prepared:
-    function, seed, out = library[call["symbol"]], np.full(64, 0x55, np.uint8), np.zeros(16, "i4")
+    function, seed, out = library[call["symbol"]], np.full(256, 0x55, np.uint8), np.zeros(16, "i4")
     steps = ctypes.c_int32(DOT_STEPS)
     return (
         lambda: function(_pointer(seed), _pointer(out), steps),

@@ -128,6 +128,18 @@ def halves(value: Expr, lanes: int) -> tuple[Expr, Expr]:
     return low, high
 
 
+def in_powers(count: Expr, most: int, emit: Callable[[Expr, int], None]) -> None:
+    """``emit(first, size)`` for the parts of ``count``: ``most``, a power of two, then smaller."""
+    with T.serial(T.floordiv(count, most)) as part:
+        emit(part * most, most)
+    size = most
+    while size > 1:
+        done = T.floordiv(count, size) * size
+        size //= 2
+        with when(T.floormod(T.floordiv(count, size), 2) != 0):
+            emit(done, size)
+
+
 @contextmanager
 def when(condition: Expr) -> Iterator[None]:
     """Statements under a run-time condition."""

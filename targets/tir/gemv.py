@@ -12,6 +12,7 @@ from bitcompile.targets.tir.dsl import (
     Expr,
     T,
     const,
+    in_powers,
     kernel,
     load,
     local,
@@ -115,11 +116,7 @@ def gemv(isa: Isa, name: str, grouped: bool = False, coding: str = "i2") -> Any:
                 with T.serial(T.floormod(tiles, streams)) as single:
                     decode.block(T.floordiv(tiles, streams) * streams + single, 0, 1, 1)
         with when(M > 1), T.serial(tiles) as tile:
-            with T.serial(T.floordiv(M, batch)) as rows:
-                decode.block(tile, rows * batch, 1, batch)
-            if batch > 1:
-                with T.serial(T.floormod(M, batch)) as row:
-                    decode.block(tile, T.floordiv(M, batch) * batch + row, 1, 1)
+            in_powers(M, batch, lambda m, size: decode.block(tile, m, 1, size))
 
     extra = GROUP_SIZES if grouped else ()
     return kernel(name, [*OPERANDS, *PARAMETERS, *SIZES, *extra], body)
@@ -141,7 +138,10 @@ class _Decode:
 
     def block(self, tile: Expr, m: Expr, streams: int, batch: int) -> None:
         """``streams`` tiles from ``tile`` on times ``batch`` activation rows from ``m`` on."""
-        acc = Accumulators(self.isa, streams, batch, self.isa.gemv.chains if batch == 1 else 1)
+        most, chains = self.isa.gemv.batch, self.isa.gemv.chains
+        # Chains fill the registers that the missing rows leave.
+        chains = chains if batch * chains <= max(most, chains) else 1
+        acc = Accumulators(self.isa, streams, batch, chains)
         if self.G is None:
             self._span(acc, tile, m, streams, 0, self.KB)
             self._each(tile, m, streams, batch, lambda r, n, i: self.out.write(

@@ -14,6 +14,7 @@ from bitcompile.targets.tir.dsl import (
     T,
     const,
     exact,
+    in_powers,
     kernel,
     load,
     local,
@@ -118,14 +119,7 @@ def head(isa: Isa, name: str, bits: int) -> Any:
     def body(table: Buffer, scale: Buffer, hi: Buffer, lo: Buffer, offset: Buffer, s: Buffer,
              y: Buffer, V: Expr, M: Expr, B: Expr, per_block: Expr, ldy: Expr) -> None:  # fmt: skip
         made = _Head(isa, bits, table, scale, {"hi": hi, "lo": lo}, offset, s, y, B, per_block, ldy)
-        size = isa.head.rows
-        with T.serial(T.floordiv(M, size)) as tile:
-            made.rows(V, tile * size, size)
-        while size > 1:
-            done = T.floordiv(M, size) * size
-            size //= 2
-            with when(T.floormod(T.floordiv(M, size), 2) != 0):
-                made.rows(V, done, size)
+        in_powers(M, isa.head.rows, lambda m, size: made.rows(V, m, size))
 
     pointers = [("table", "uint8*"), ("scale", "float32*"), ("hi", "int8*"), ("lo", "int8*")]
     pointers += [("offset", "int32*"), ("s", "float32*"), ("y", "float32*")]

@@ -48,29 +48,6 @@ def field_shifted(v: Expr, p: int, lanes: int) -> tuple[Expr, int]:
     return T.bitwise_and(moved, const(3, "uint8", lanes)), 0
 
 
-def dot4_generic(acc: Expr, w: Expr, a: Expr, lanes: int) -> Expr:
-    """``acc[i] + sum_j w[4 i + j] a[4 i + j]`` for uint8 w, int8 a, in vector operations alone.
-
-    Even and odd bytes are multiplied as 16-bit lanes (255 * 128 fits), and the two products of a
-    32-bit lane are added after sign extension.
-    """
-    half, quarter = lanes // 2, lanes // 4
-    w16 = T.reinterpret(w, dtype=typed("uint16", half))
-    a16 = T.reinterpret(a, dtype=typed("int16", half))
-    eight = const(8, "int16", half)
-    w_even = T.bitwise_and(w16, const(255, "uint16", half))
-    w_odd = T.shift_right(w16, const(8, "uint16", half))
-    a_even = T.shift_right(T.shift_left(a16, eight), eight)
-    a_odd = T.shift_right(a16, eight)
-    for w_part, a_part in ((w_even, a_even), (w_odd, a_odd)):
-        product = T.reinterpret(w_part, dtype=typed("int16", half)) * a_part
-        pair = T.reinterpret(product, dtype=typed("int32", quarter))
-        sixteen = const(16, "int32", quarter)
-        low = T.shift_right(T.shift_left(pair, sixteen), sixteen)
-        acc = acc + low + T.shift_right(pair, sixteen)
-    return acc
-
-
 @dataclass(frozen=True)
 class Gemv:
     """Parameters of the decode schedule."""
@@ -80,7 +57,8 @@ class Gemv:
     chains: int = 1
     """Tiles along K a step, each with accumulators of its own: hides the latency of a product."""
     batch: int = 4
-    """Activation rows that share one read of a tile when there are several."""
+    """Activation rows that share one read of a tile when there are several: a power of two, then
+    smaller ones."""
     prefetch_bytes: int = 16384
     prefetch_locality: int = 2
 
@@ -104,7 +82,7 @@ class Head:
     """Parameters of the head's schedule: the register tile."""
 
     rows: int = 2
-    """Activation rows, a power of two; fewer are taken in smaller powers."""
+    """Activation rows: a power of two, then smaller ones."""
     table_rows: int = 1
 
 
@@ -133,6 +111,8 @@ class Isa:
     None: by arithmetic (``codes.split_trits``)."""
     features: tuple[str, ...] = ()
     """CPU features it needs, as named in ``custom_ops/csrc/cpu_*.c``."""
+    fused: bool = True
+    """Whether ``ternary_dot`` is one instruction, its addition included."""
     acc_parts: int = 1
     """Accumulator lanes of one weight row."""
     quad: Quad = broadcast_quad

@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 
 from bitcompile.packing import T5
-from bitcompile.targets.tir.dsl import Expr, T, const, constants, intrinsic
+from bitcompile.targets.tir.dsl import Expr, T, const, constants, intrinsic, typed
 from bitcompile.targets.tir.isa import (
+    Dot,
     Gemm,
     Gemv,
     Head,
     Isa,
-    dot4_generic,
     field_in_place,
     field_shifted,
     shifted_bytes,
@@ -61,18 +61,21 @@ def _pairs_to_int32(acc: Expr) -> Expr:
     return intrinsic("llvm.x86.avx2.pmadd.wd", "int32x8", acc, one)
 
 
-def _dot4_avx2(acc: Expr, w: Expr, a: Expr) -> Expr:
-    """Even and odd bytes as 16-bit lanes, whose products vpmaddwd adds in pairs."""
-    w16, a16 = T.reinterpret(w, dtype="int16x16"), T.reinterpret(a, dtype="int16x16")
-    eight = const(8, "int16", 16)
-    w_even = T.bitwise_and(w16, const(255, "int16", 16))
-    w_odd = T.reinterpret(
-        T.shift_right(T.reinterpret(w, dtype="uint16x16"), const(8, "uint16", 16)),
-        dtype="int16x16",
-    )
-    a_even = T.shift_right(T.shift_left(a16, eight), eight)
-    a_odd = T.shift_right(a16, eight)
-    return _vpmaddwd(_vpmaddwd(acc, w_even, a_even), w_odd, a_odd)
+def _dot4_by_words(word_dot: Dot, lanes: int) -> Dot:
+    """Even and odd bytes as ``lanes`` 16-bit ones, whose products pmaddwd adds in pairs."""
+    unsigned, signed = typed("uint16", lanes), typed("int16", lanes)
+
+    def dot4(acc: Expr, w: Expr, a: Expr) -> Expr:
+        words, numbers = T.reinterpret(w, dtype=unsigned), T.reinterpret(a, dtype=signed)
+        eight = const(8, "int16", lanes)
+        w_even = T.bitwise_and(words, const(255, "uint16", lanes))
+        w_odd = T.shift_right(words, const(8, "uint16", lanes))
+        a_even = T.shift_right(T.shift_left(numbers, eight), eight)
+        a_odd = T.shift_right(numbers, eight)
+        acc = word_dot(acc, T.reinterpret(w_even, dtype=signed), a_even)
+        return word_dot(acc, T.reinterpret(w_odd, dtype=signed), a_odd)
+
+    return dot4
 
 
 def _avx2_field(v: Expr, p: int, lanes: int) -> tuple[Expr, int]:
@@ -93,7 +96,7 @@ AVX512_VNNI = Isa(
     decode_field=field_in_place,
     flush_blocks=None,
     features=("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"),
-    gemv=Gemv(streams=1, batch=4, prefetch_bytes=8192, prefetch_locality=3),
+    gemv=Gemv(streams=1, chains=2, batch=4, prefetch_bytes=8192, prefetch_locality=3),
     gemm=Gemm(rows=6, tiles=4, k_blocks=32),
     head=Head(rows=4, table_rows=2),
 )
@@ -118,17 +121,18 @@ AVX_VNNI = Isa(
     flush_blocks=None,
     features=("avx2", "avxvnni"),
     gemv=Gemv(streams=1, batch=1),
-    gemm=Gemm(rows=4, tiles=1, k_blocks=32),
+    gemm=Gemm(rows=6, tiles=1, k_blocks=32),
 )
 
 AVX2 = Isa(
     name="avx2",
     target={"kind": "llvm", "mcpu": "haswell"},
     bytes=32,
-    dot4=_dot4_avx2,
+    dot4=_dot4_by_words(_vpmaddwd, 16),
     ternary_dot=_vpmaddubsw,
     acc_dtype="int16",
     acc_parts=2,
+    fused=False,
     widen=_pairs_to_int32,
     decode_field=_avx2_field,
     # An in-place factor of 4 adds at most 2 * (2 * 8 * 127) = 4064 a block: 8 blocks stay below
@@ -145,9 +149,10 @@ PORTABLE = Isa(
     name="portable",
     target={"kind": "llvm", "mcpu": "x86-64"},
     bytes=16,
-    dot4=lambda acc, w, a: dot4_generic(acc, w, a, 16),
-    ternary_dot=lambda acc, w, a: dot4_generic(acc, w, a, 16),
+    dot4=_dot4_by_words(_pmaddwd, 8),
+    ternary_dot=_dot4_by_words(_pmaddwd, 8),
     acc_dtype="int32",
+    fused=False,
     widen=lambda acc: acc,
     decode_field=field_shifted,
     flush_blocks=None,
