@@ -54,7 +54,7 @@ typedef void bc_dot_roof_fn(const uint8_t *seed, int32_t *out, int32_t steps);
 
 /* A gemm task: its workspaces on the thread's stack (bytes, values), the register tiles of rows it
  * takes, and the rows it may read past the last one. kernels.c asserts that every schedule fits. */
-enum { BC_MAX_PANEL = 40 << 10, BC_MAX_PARTIAL = 1 << 14, BC_GEMM_BLOCKS = 32, BC_ROW_PAD = 16 };
+enum { BC_MAX_PANEL = 1 << 15, BC_MAX_PARTIAL = 1 << 14, BC_GEMM_BLOCKS = 32, BC_ROW_PAD = 16 };
 
 typedef struct bc_variant {
   const char *isa;
