@@ -400,6 +400,7 @@ def write(
         "source": imported.source,
         "target": _describe_target(lowered),
         "layout": lowered.layout,
+        "layout_reason": lowered.layout_reason,
         "library": library,
         "min_onnxruntime": MIN_ONNXRUNTIME,
         "options": dict(options),

@@ -76,3 +76,6 @@ class Target:
     """Whether ``verify`` can run its operators one by one in float32."""
     grouped: bool = True
     """Whether there are kernels for weights with a scale per group of columns."""
+    auto_layout: Callable[[int], tuple[str, str]] | None = None
+    """What ``--layout auto`` takes for ternary weights of so many bytes at 2 bits each: a layout's
+    id, and why. None: always the first of ``layouts``."""

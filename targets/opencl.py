@@ -93,6 +93,7 @@ def opencl_target(
     host = HOSTS[triple]
     made = {option: values[0] for option, values in CHOICES.items()} | dict(chosen or {})
     cpu = made["fallback"] == "cpu"
+    layouts = (CPU_TILE.id,)
 
     def compile() -> tuple[Path, tuple[Kernel, ...]]:
         from bitcompile.targets.tir.opencl.plugin import device_code, kernel_table
@@ -101,17 +102,15 @@ def opencl_target(
 
         code = device_code(name, schedules, made["offload"], cpu)
         isas = host.isas if cpu else tuple
-        library = build_plugin(
-            isas, triple, CPU_TILE.id, LIBRARY, host.features, host.system(), code
-        )
-        return library, kernel_table(name) + (cpu_table(host.names) if cpu else ())
+        library = build_plugin(isas, triple, layouts, LIBRARY, host.features, host.system(), code)
+        return library, kernel_table(name) + (cpu_table(host.names, layouts) if cpu else ())
 
     return Target(
         name=name,
         device="opencl",
         host=triple,
         isas=(name, *(host.names if cpu else ())),
-        layouts=(CPU_TILE.id,),
+        layouts=layouts,
         library=LIBRARY,
         emits=emits,
         compile=compile,

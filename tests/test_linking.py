@@ -174,7 +174,7 @@ def test_nothing_but_zig_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for system, triple in ((linking.LINUX, "aarch64-linux-gnu.2.17"),
                            (linking.ANDROID, android.TRIPLE)):  # fmt: skip
         out = tmp_path / triple / "lib.so"
-        plugin._compile([NEON], triple, CPU_TILE.id, linking.CSRC / "cpu_arm.c", out, system, None)
+        plugin._compile([NEON], triple, [CPU_TILE.id], linking.CSRC / "cpu_arm.c", out, system)
         assert lief.ELF.parse(str(out)) is not None
 
 

@@ -445,10 +445,6 @@ static const int types[] = {BC_FLOAT, 0};
 
 const Device bc_opencl_device = {
     .types = types,
-    .layout = bc_cl_layout,
-    .tile_rows = TILE_ROWS,
-    .tile_columns = TILE_ROWS,
-    .tile_bytes = TILE_BYTES,
     .open = open_opencl,
     .compute = {compute, compute, compute, compute, compute_roof},
     .attach = attach,
