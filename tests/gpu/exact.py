@@ -14,7 +14,7 @@ import torch
 
 from bitcompile import numerics
 from bitcompile.packing import CUDA_TILE, PackedTernary
-from tests.gpu.launch import GATES, NO_GATE, Launcher, Linear
+from tests.gpu.launch import GATES, NO_GATE, VARIANTS, Launcher, Linear
 
 SHAPES = ((1, 1), (16, 128), (17, 129), (70, 100), (129, 257), (200, 640), (333, 1021), (260, 2050))
 TOKENS = (1, 2, 5, 8, 9, 16, 17, 40, 129, 300)
@@ -97,7 +97,7 @@ def same(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
         )
 
 
-def linear(launcher: Launcher, case: Case, norm: bool, extras: bool, tile: int = 0) -> None:
+def linear(launcher: Launcher, case: Case, norm: bool, extras: bool, **choice: int) -> None:
     """BitLinear or NormBitLinear."""
     weight, scale, w, w_scale = case.weights(case.N, case.K)
     product = Linear(
@@ -105,7 +105,7 @@ def linear(launcher: Launcher, case: Case, norm: bool, extras: bool, tile: int =
         gamma=on_gpu(case.gamma) if norm else None,
         bias=on_gpu(case.bias) if extras else None,
         residual=case.residual if extras else None,
-        early=True, tile=tile,
+        early=True, **choice,
     )  # fmt: skip
     scratch = product.scratch(launcher)
     launcher.linear(product.job(), scratch)
@@ -115,7 +115,7 @@ def linear(launcher: Launcher, case: Case, norm: bool, extras: bool, tile: int =
     y = numerics.ternary_matmul(normed, weight, scale)
     if extras:
         y = (y + case.bias) + case.wide(case.residual)
-    what = f"linear {case.M}x{case.N}x{case.K} {case.dtype} norm={norm} extras={extras} tile={tile}"
+    what = f"linear {case.M}x{case.N}x{case.K} {case.dtype} norm={norm} extras={extras} {choice}"
     assert product.y is not None
     if scratch.numel() > 1:
         groups = -(-case.M // 8) if case.M <= 16 else -(-case.M // 256) * 32
@@ -125,13 +125,13 @@ def linear(launcher: Launcher, case: Case, norm: bool, extras: bool, tile: int =
     same(what, product.y, case.narrow(y.astype(np.float32)))
 
 
-def glu(launcher: Launcher, case: Case, gate: int, sub_norm: bool) -> None:
+def glu(launcher: Launcher, case: Case, gate: int, sub_norm: bool, split: int = 0) -> None:
     """The two products of BitGLU, as the plugin plans them."""
     F = case.N
     up_weight, up_scale, up_w, up_s = case.weights(2 * F, case.K)
     down_weight, down_scale, down_w, down_s = case.weights(case.K, F)
     up = Linear(case.x, up_w, up_s, (F, case.K), torch.float32, gamma=on_gpu(case.gamma),
-                gate_out=gate, early=True)  # fmt: skip
+                gate_out=gate, early=True, split=split)  # fmt: skip
     gate_in = NO_GATE
     if not launcher.gates(up.job()):
         up = up.changed(shape=(2 * F, case.K), gate_out=NO_GATE)
@@ -140,7 +140,7 @@ def glu(launcher: Launcher, case: Case, gate: int, sub_norm: bool) -> None:
     sub = case.rng.standard_normal(F).astype(np.float32)
     assert up.y is not None
     down = Linear(up.y, down_w, down_s, (case.K, F), case.dtype, residual=case.x, gate_in=gate_in,
-                  gamma=on_gpu(sub) if sub_norm else None, early=True)  # fmt: skip
+                  gamma=on_gpu(sub) if sub_norm else None, early=True, split=split)  # fmt: skip
     launcher.linear(down.job(), down.scratch(launcher))
     torch.cuda.synchronize()
     x = case.wide(case.x)
@@ -150,25 +150,25 @@ def glu(launcher: Launcher, case: Case, gate: int, sub_norm: bool) -> None:
         hidden = numerics.rms_norm(hidden, sub, 1e-5)
     y = numerics.ternary_matmul(hidden, down_weight, down_scale) + x
     assert down.y is not None
-    what = f"glu {case.M}x{F}x{case.K} {case.dtype} {GATES[gate]} sub_norm={sub_norm}"
+    what = f"glu {case.M}x{F}x{case.K} {case.dtype} {GATES[gate]} sub_norm={sub_norm} split={split}"
     same(what, down.y, case.narrow(y.astype(np.float32)))
 
 
-def large(launcher: Launcher, seed: int, N: int, K: int, M: int, tile: int = 0) -> None:
+def large(launcher: Launcher, seed: int, N: int, K: int, M: int, **choice: int) -> None:
     """A product of a real model's size against an exact float32 product of integers."""
     torch.backends.cuda.matmul.allow_tf32 = False
     generator = torch.Generator("cuda").manual_seed(seed)
     w = random_weights(generator, N, K)
     x = torch.randn((M, K), device="cuda", generator=generator)
     w_scale = torch.rand((N, 1), device="cuda", generator=generator) + 0.1
-    product = Linear(x, w, w_scale, (N, K), torch.float32, early=True, tile=tile)
+    product = Linear(x, w, w_scale, (N, K), torch.float32, early=True, **choice)
     scratch = product.scratch(launcher)
     launcher.linear(product.job(), scratch)
     q, s = numerics.quantize_activations(x.cpu().numpy())
     acc = on_gpu(q).float() @ unpack(w, N, K).float().T
     expected = acc * (w_scale.reshape(1, -1) / on_gpu(s))
     assert product.y is not None
-    same(f"large {M}x{N}x{K} tile={tile}", product.y, expected)
+    same(f"large {M}x{N}x{K} {choice}", product.y, expected)
 
 
 def random_weights(generator: torch.Generator, N: int, K: int) -> torch.Tensor:
@@ -189,7 +189,7 @@ def small_cases(seed: int) -> Iterator[tuple[np.random.Generator, int, int, int,
 def products(seed: int, quick: bool) -> Iterator[Callable[[Launcher], None]]:
     """Everything to check; ``quick`` is for slow sanitizers."""
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    tiles = (-1, *((64, 128, 256) if hopper else ()))
+    tiles = (-1, *(range(1, len(VARIANTS["tiles"]) + 1) if hopper else ()))
     for number, (rng, M, N, K, dtype) in enumerate(small_cases(seed)):
         if quick and number % 7:
             continue
@@ -200,6 +200,10 @@ def products(seed: int, quick: bool) -> Iterator[Callable[[Launcher], None]]:
         yield partial(glu, case=case, gate=number % 4, sub_norm=bool(number % 3))
         for tile in tiles if M > 16 else ():
             yield partial(linear, case=case, norm=True, extras=True, tile=tile)
+        for tile in range(len(VARIANTS["gemvs"]) + 1) if M == 1 else ():
+            yield partial(linear, case=case, norm=True, extras=True, tile=tile, split=1)
+        if M == 1:
+            yield partial(glu, case=case, gate=number % 4, sub_norm=True, split=1)
     if quick:
         return
     for N, K in ((2560, 2560), (3840, 2560), (13824, 2560), (2560, 6912)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 NO_GATE, MMA_TILE = -1, -1
 TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}
 GATES = ("relu2", "silu", "gelu_tanh", "gelu_erf")
+VARIANTS = json.loads(Path(__file__).with_name("variants.json").read_text())
+"""What ``tile`` numbers from 1 on: ``tiles`` (rows, tokens), ``gemvs`` (row tiles, units ahead)."""
 
 
 class LinearJob(ctypes.Structure):
@@ -23,7 +26,7 @@ class LinearJob(ctypes.Structure):
         *((name, ctypes.c_int32) for name in
           ("M", "N", "K", "type_x", "type_y", "gate_in", "gate_out")),
         ("eps", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("early", "quantised", "step", "tile")),
+        *((name, ctypes.c_int32) for name in ("early", "quantised", "step", "tile", "split")),
     ]  # fmt: skip
 
 
@@ -93,6 +96,7 @@ class Linear:
     quantised: bool = False
     step: int = 0
     tile: int = 0
+    split: int = 0
     y: torch.Tensor | None = None
 
     def job(self) -> LinearJob:
@@ -109,6 +113,7 @@ class Linear:
             **pointers, M=M, N=N, K=K, type_x=TYPES[self.x.dtype], type_y=TYPES[self.out_type],
             gate_in=self.gate_in, gate_out=self.gate_out, eps=self.eps, early=self.early,
             quantised=self.quantised, step=self.step, tile=self.tile,
+            split=self.split,
         )  # fmt: skip
 
     def scratch(self, launcher: Launcher) -> torch.Tensor:

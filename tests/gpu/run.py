@@ -55,8 +55,11 @@ def run(section: str, launcher: Launcher, options: argparse.Namespace) -> None:
     elif section == "prefill":
         speed.prefill_table(launcher)
     elif section == "tune":
-        speed.steps_table(launcher)
-        speed.prefill_table(launcher, every_tile=True)
+        speed.tune_decode(launcher)
+        speed.tune_prefill(launcher)
+        for split in (0, 1):
+            stack = speed.Stack(launcher, 1, split=split)
+            print(f"stack, split {split}: {speed.seconds(speed.captured(stack.run), 0.05) * 1e6:.0f} us")
     elif section == "stack":
         bandwidth = speed.read_bandwidth(launcher)
         print(f"read bandwidth {bandwidth / 1e9:.0f} GB/s")

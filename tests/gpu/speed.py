@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from tests.gpu.exact import random_weights
-from tests.gpu.launch import NO_GATE, Launcher, Linear
+from tests.gpu.launch import NO_GATE, VARIANTS, Launcher, Linear
 
 SHAPES = ((2560, 2560), (6912, 2560), (2560, 6912), (3840, 2560), (13824, 2560))
 """The products of BitNet b1.58 2B-4T, ``(N, K)``."""
@@ -175,17 +175,41 @@ def decode_table(launcher: Launcher) -> None:
         print(f"{N}x{K}".ljust(13) + "".join(cell.rjust(15) for cell in cells))
 
 
-def steps_table(launcher: Launcher) -> None:
-    """Row tiles a block: which choice is best here."""
-    print("== op+PDL by row tiles a block, us")
+def tune_decode(launcher: Launcher) -> None:
+    """One token by every variant."""
     for N, K in SHAPES:
         weights = Weights.make(N, K)
+        floor = read_floor(launcher, weights)
+        print(f"== {N}x{K}: floor {floor * 1e6:.2f} us; product, product+PDL, op of two kernels+PDL")
         gamma = torch.ones(K, device="cuda")
+        for number, variant in enumerate(VARIANTS["gemvs"], 1):
+            times = [
+                ours(launcher, weights.linears(1, quantised=True, tile=number)),
+                ours(launcher, weights.linears(1, quantised=True, tile=number, early=True)),
+                ours(launcher, weights.linears(1, gamma=gamma, tile=number, early=True, split=1)),
+            ]
+            cells = [f"{t * 1e6:.2f}" for t in times]
+            print(f"   {variant}: {' '.join(cells)}   floor/product {floor / times[0]:.3f}")
         cells = []
-        for step in (1, 2, 3, 4, 6, 8):
-            t = ours(launcher, weights.linears(1, gamma=gamma, early=True, step=step))
-            cells.append(f"{step}: {t * 1e6:.2f}")
-        print(f"{N}x{K}".ljust(13) + "  ".join(cells))
+        for step in (1, 2, 3, 4, 5, 7):
+            times = [ours(launcher, weights.linears(1, gamma=gamma, early=early, step=step))
+                     for early in (False, True)]  # fmt: skip
+            cells.append(f"{step}: {times[0] * 1e6:.2f} {times[1] * 1e6:.2f}")
+        print("   fused op, without and with PDL, by step  " + "   ".join(cells), flush=True)
+
+
+def tune_prefill(launcher: Launcher) -> None:
+    """Many tokens by every tile, TOPS."""
+    for N, K in SHAPES:
+        weights = Weights.make(N, K)
+        for M in (512, 1024, 4096):
+            int8 = attempt(lambda N=N, K=K, M=M: cublaslt_int8(N, K, M))
+            bf16 = attempt(lambda N=N, K=K, M=M: cublas_bf16(N, K, M))
+            tops = [f"int8Lt:{2 * N * K * M / int8 / 1e12:.0f} bf16:{2 * N * K * M / bf16 / 1e12:.0f}"]
+            for number, tile in enumerate(VARIANTS["tiles"], 1):
+                t = ours(launcher, weights.linears(M, quantised=True, early=True, tile=number))
+                tops.append(f"{tile[0]}x{tile[1]}:{2 * N * K * M / t / 1e12:.0f}")
+            print(f"{N}x{K} {M}  " + "  ".join(tops), flush=True)
 
 
 def batch_table(launcher: Launcher) -> None:
@@ -202,7 +226,7 @@ def batch_table(launcher: Launcher) -> None:
         print(f"{N}x{K}".ljust(13) + "".join(c.rjust(9) for c in cells) + f"{other * 1e6:12.2f}")
 
 
-def prefill_table(launcher: Launcher, every_tile: bool = False) -> None:
+def prefill_table(launcher: Launcher) -> None:
     """Many tokens: TOPS of the product alone and with its quantisation."""
     print("== many tokens, TOPS (2 N K M / time); product: of quantised rows; op: norm included")
     heads = ("product", "op", "cublasLt int8", "cuBLAS bf16", "x int8", "x bf16")
@@ -218,10 +242,6 @@ def prefill_table(launcher: Launcher, every_tile: bool = False) -> None:
             tops = [f"{2 * N * K * M / t / 1e12:.0f}" for t in (product, op, int8, bf16)]
             tops += [f"{int8 / product:.2f}", f"{bf16 / product:.2f}"]
             line = f"{N}x{K}".ljust(13) + str(M).rjust(6) + "".join(c.rjust(15) for c in tops)
-            if every_tile:
-                for tile in (-1, 64, 128, 256):
-                    t = ours(launcher, weights.linears(M, quantised=True, early=True, tile=tile))
-                    line += f"  {tile}:{2 * N * K * M / t / 1e12:.0f}"
             print(line, flush=True)
 
 
@@ -231,7 +251,7 @@ def prefill_table(launcher: Launcher, every_tile: bool = False) -> None:
 class Stack:
     """The ternary operators of every layer of a 2B-4T-shaped model, each with its own weights."""
 
-    def __init__(self, launcher: Launcher, M: int, early: bool = True) -> None:
+    def __init__(self, launcher: Launcher, M: int, early: bool = True, split: int = 0) -> None:
         self.launcher, self.M = launcher, M
         generator = torch.Generator("cuda").manual_seed(1)
         self.bytes = 0
@@ -250,7 +270,7 @@ class Stack:
         both = like(2 * FFN, torch.float32)
         self.work: list[Linear] = []
         for _ in range(LAYERS):
-            made = {"early": early}
+            made = {"early": early, "split": split}
             self.work.append(Linear(hidden, weights(QKV, HIDDEN), small[QKV], (QKV, HIDDEN),
                                     torch.float16, gamma=ones, y=qkv, **made))  # fmt: skip
             query = qkv.reshape(-1)[: M * HIDDEN].reshape(M, HIDDEN)  # stands for attention

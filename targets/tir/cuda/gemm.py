@@ -7,6 +7,8 @@ two warpgroups hold weights in registers and multiply with tokens in shared memo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from bitcompile.targets.tir.cuda.device import (
@@ -37,8 +39,8 @@ from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, when
 ROWS = 128
 """Weight rows of a block."""
 ROW_TILES = ROWS // TILE_ROWS
-OUT_STRIDE = ROWS + 4
-"""Floats between tokens of the finished tile in shared memory: no bank conflicts."""
+PAD = 4
+"""More floats than rows between tokens of the finished tile in shared memory: no bank conflicts."""
 
 PARAMETERS = [
     ("q", "uint8*"), ("s", "float32*"), ("qsum", "int32*"), ("w", "uint32*"),
@@ -71,22 +73,35 @@ class Tokens:
         ratio = call("float32", "bc_divide", weight, self.scale[token], self.inverse[token])
         return T.cast(acc - self.total[token], "float32") * ratio
 
+    def share(self, count: int, threads: int, ids: Ids, weight: Expr) -> None:
+        """Put ``fl(weight / s)`` in the place of the reciprocals, for rows of one scale."""
 
-def finish(ids: Ids, done: Buffer, offset: Expr, tokens: int, threads: int, residual: Buffer,
-           y: Buffer, M: Expr, N: Expr, type_y: Expr, has_residual: Expr) -> None:  # fmt: skip
-    """Store a tile of results ``[tokens, OUT_STRIDE]``, four rows a thread at a time."""
+        def divide(i: Expr) -> None:
+            put(self.inverse, call("float32", "__fdiv_rn", weight, self.scale[i]), i)
+
+        each(ids, T.int32(count), divide, threads)
+
+    def shared(self, acc: Expr, token: Expr) -> Expr:
+        """:meth:`scaled` after :meth:`share`."""
+        return T.cast(acc - self.total[token], "float32") * self.inverse[token]
+
+
+def finish(ids: Ids, done: Buffer, offset: Expr, rows: int, tokens: int, threads: int,
+           residual: Buffer, y: Buffer, M: Expr, N: Expr, type_y: Expr,
+           has_residual: Expr) -> None:  # fmt: skip
+    """Store a tile of results ``[tokens, rows + PAD]``, four rows a thread at a time."""
     values, old = local(4, "float32"), local(4, "float32")
-    quads = ROWS // 4
+    quads = rows // 4
 
     def store(i: Expr) -> None:
-        token, n = T.floordiv(i, quads), ids.block_x * ROWS + (i % quads) * 4
+        token, n = T.floordiv(i, quads), ids.block_x * rows + (i % quads) * 4
         m = ids.block_y * tokens + token
         with when(T.And(m < M, n < N)):
             to = long(m) * N + n
             do(
                 "bc_load_shared4",
                 at(values, 0),
-                at(done, offset + token * OUT_STRIDE + i % quads * 4),
+                at(done, offset + token * (rows + PAD) + i % quads * 4),
             )
             with when(N % 4 == 0):
                 with when(has_residual != 0):
@@ -134,7 +149,7 @@ STAGE_BYTES = TILE_TOKENS * UNIT_COLUMNS
 def gemm(name: str) -> Any:
     """``y = scaled(W q)``. Grid: ceil(N / 128), ceil(M / 128); q is padded to whole tiles.
 
-    Dynamic shared memory: ``max(STAGES * STAGE_BYTES, TILE_TOKENS * OUT_STRIDE * 4)``.
+    Dynamic shared memory: ``max(STAGES * STAGE_BYTES, TILE_TOKENS * (ROWS + PAD) * 4)``.
     """
 
     def body(ids: Ids, q: Buffer, s: Buffer, qsum: Buffer, w: Buffer, w_scale: Buffer, bias: Buffer,
@@ -201,9 +216,10 @@ def gemm(name: str) -> Any:
                         token = tokens_at + j * 8 + c * 2 + e
                         value = acc[(i * 8 + j) * 4 + half * 2 + e]
                         scaled = tokens.scaled(value, token, feature.scale[0])
-                        put(done, feature.result(scaled), token * OUT_STRIDE + row)
+                        put(done, feature.result(scaled), token * (ROWS + PAD) + row)
         barrier()
-        finish(ids, done, T.int32(0), TILE_TOKENS, THREADS, residual, y, M, N, type_y, has_residual)
+        finish(ids, done, T.int32(0), ROWS, TILE_TOKENS, THREADS, residual, y, M, N, type_y,
+               has_residual)  # fmt: skip
 
     return device_kernel(name, PARAMETERS, THREADS, body)
 
@@ -211,14 +227,43 @@ def gemm(name: str) -> Any:
 # --- wgmma ----------------------------------------------------------------------------------------
 
 HOPPER_THREADS = 256
-"""Two warpgroups of 64 weight rows. The first thread copies too: a warp of its own would cost the
-registers of a whole warpgroup."""
-HOPPER_STAGES = {64: 6, 128: 5, 256: 5}
-"""Stages of tokens by the tokens of a tile."""
+"""Two warpgroups. The first thread copies too: a warp of its own would cost the registers of a whole
+warpgroup."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a block of ``wgmma`` makes: ``sets`` times 64 rows a warpgroup, by ``tokens``."""
+
+    sets: int
+    tokens: int
+    stages: int
+    """Of tokens, under way or in use."""
+    residents: int
+    """Blocks that fit a multiprocessor at once."""
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return f"bc_wgmma{self.rows}x{self.tokens}"
+
+    @property
+    def rows(self) -> int:
+        """Of weights."""
+        return 128 * self.sets
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory: to align, then the stages or the finished tile."""
+        stages = self.stages * self.tokens * UNIT_COLUMNS
+        return 1024 + max(stages, self.tokens * (self.rows + PAD) * 4)
 
 
 def wgmma_source(tokens: int) -> str:
-    """``bc_wgmma_N``: 64 rows by ``tokens`` tokens by 128 columns; ``..._wait`` ends it."""
+    """``bc_wgmma_N``: 64 rows by ``tokens`` tokens by 128 columns; ``..._wait`` ends it.
+
+    ``bc_wgmma_wait`` ends all but the last, whose operands are others than ``a``.
+    """
     n = tokens // 2
     results = ", ".join(f'"+r"(d[{i}])' for i in range(n))
     names = ", ".join(f"%{i}" for i in range(n))
@@ -231,7 +276,6 @@ def wgmma_source(tokens: int) -> str:
         )
     weights = ", ".join(f'"r"(a[{i}])' for i in range(16))
     tiles = ", ".join(f'"l"(b + {2 * t})' for t in range(4))  # 32 bytes, in units of 16
-    kept = ", ".join(f'"+r"(a[{i}])' for i in range(16))
     return f"""
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 BC_INLINE void bc_wgmma_{tokens}(int* d, const uint* a, uint64_t b) {{
@@ -239,20 +283,21 @@ BC_INLINE void bc_wgmma_{tokens}(int* d, const uint* a, uint64_t b) {{
     {chr(10).join("    " + product for product in products).strip()}
     "wgmma.commit_group.sync.aligned;\\n}}" : {results} : {weights}, {tiles} : "memory");
 }}
-BC_INLINE void bc_wgmma_{tokens}_wait(int* d, uint* a) {{
-  asm volatile("wgmma.wait_group.sync.aligned 0;" : {results}, {kept} :: "memory");
+BC_INLINE void bc_wgmma_{tokens}_wait(int* d) {{
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : {results} :: "memory");
 }}
 #endif
 """
 
 
-def wgmma(name: str, count: int) -> Any:
-    """``y = scaled(W q)`` with tiles of ``count`` tokens. Grid: ceil(N / 128), ceil(M / count).
+def wgmma(name: str, tile: Tile) -> Any:
+    """``y = scaled(W q)``. Grid: ceil(N / rows), ceil(M / tokens).
 
-    Dynamic shared memory: 1024 bytes to align, then the larger of the stages (``count * 128`` bytes
-    each) and the finished tile.
+    A warpgroup unpacks the weights of the next product while the tensor cores work on the last:
+    two sets of registers take turns, over the two sets of rows or over units.
     """
-    stages, stage = HOPPER_STAGES[count], count * UNIT_COLUMNS
+    stages, count, sets, rows = tile.stages, tile.tokens, tile.sets, tile.rows
+    stage = count * UNIT_COLUMNS
 
     def body(ids: Ids, q: Buffer, s: Buffer, qsum: Buffer, w: Buffer, w_scale: Buffer, bias: Buffer,
              residual: Buffer, y: Buffer, M: Expr, N: Expr, units: Expr, token_groups: Expr,
@@ -261,15 +306,34 @@ def wgmma(name: str, count: int) -> Any:
         done = view(room, "float32")
         full, free = shared(stages, "uint64"), shared(stages, "uint64")
         base = variable(read("int32", "bc_to_kilobyte", at(room, 0)), "int32")
+        acc = [local(count // 2, "int32") for _ in range(sets)]
+        held = [local(4, "uint32") for _ in range(2)]
+        a = [local(16, "uint32") for _ in range(2)]
+        group, row_in = T.floordiv(ids.warp, 4), ids.warp % 4 * TILE_ROWS
+        g, c = T.floordiv(ids.lane, 4), ids.lane % 4
+
+        def first_row(number: int) -> Expr:
+            """Of a warp in the block, for one of its sets."""
+            return (group * sets + number) * 64 + row_in
+
+        words = []
+        for number in range(sets):
+            start = T.floordiv(ids.block_x * rows + first_row(number), TILE_ROWS)
+            word = long(T.min(start, tiles - 1)) * units * UNIT_WORDS + ids.lane * 4
+            words.append(variable(word, "int64"))
+
+        def weights(product: int, unit: Expr) -> None:
+            start = words[product % sets][0]
+            do("bc_load_weights", at(held[product], 0), at(w, start + unit * UNIT_WORDS))
+
+        do("bc_let_next_start")
+        weights(0, T.int32(0))
+        weights(1, T.int32(0) if sets == 2 else T.min(1, units - 1))
         with when(ids.thread == 0):
             for i in range(stages):
                 do("bc_barrier_init", at(full, i), T.int32(1))
                 do("bc_barrier_init", at(free, i), T.int32(HOPPER_THREADS))
             do("bc_barrier_fence")
-        do("bc_let_next_start")
-        do("bc_wait_for_earlier")
-        tokens = Tokens(ids, count, HOPPER_THREADS, s, qsum, M)
-        barrier()
 
         def copy(unit: Expr) -> None:
             slot = unit % stages
@@ -277,49 +341,81 @@ def wgmma(name: str, count: int) -> Any:
             to = at(room, base[0] + slot * stage)
             do("bc_copy_bulk", to, q.data, start * TOKEN_UNIT, T.int32(stage), at(full, slot))
 
+        do("bc_wait_for_earlier")
         with when(ids.thread == 0), T.serial(T.min(units, stages)) as unit:
             copy(unit)
-        acc = local(count // 2, "int32")
-        held, a = local(4, "uint32"), local(16, "uint32")
-        row = ids.warp * 16  # of the warp, in the block
-        g, c = T.floordiv(ids.lane, 4), ids.lane % 4
-        tile = T.min(ids.block_x * ROW_TILES + ids.warp, tiles - 1)
-        word = long(tile) * units * UNIT_WORDS + ids.lane * 4
-        do("bc_load_weights", at(held, 0), at(w, word))
-        with T.unroll(count // 2) as i:
-            put(acc, T.int32(0), i)
-        with T.serial(units) as unit:
-            slot = unit % stages
+        tokens = Tokens(ids, count, HOPPER_THREADS, s, qsum, M)
+        common = w_scale[T.min(ids.block_x * rows, N - 1)]
+        own = w_scale[T.min(ids.block_x * rows + ids.thread % rows, N - 1)]
+        alike = variable(
+            read("int32", "__syncthreads_and", T.cast(own == common, "int32")), "int32"
+        )
+        for d in acc:
+            with T.unroll(count // 2) as i:
+                put(d, T.int32(0), i)
+
+        def product(number: int, unit: Expr, following: Expr, begins: bool) -> None:
+            """Start a product; when it returns, the one before is complete."""
             for t in range(4):
                 for f in range(4):
-                    shifted = T.shift_right(held[t], T.uint32(2 * f))
-                    put(a, T.bitwise_and(shifted, T.uint32(0x03030303)), t * 4 + f)
-            do("bc_barrier_wait", at(full, slot), T.floordiv(unit, stages) % 2)
+                    shifted = T.shift_right(held[number][t], T.uint32(2 * f))
+                    put(a[number], T.bitwise_and(shifted, T.uint32(0x03030303)), t * 4 + f)
+            slot = unit % stages
+            if begins:
+                do("bc_barrier_wait", at(full, slot), T.floordiv(unit, stages) % 2)
             b = call("uint64", "bc_describe", at(room, base[0] + slot * stage))
-            do(f"bc_wgmma_{count}", at(acc, 0), at(a, 0), b)
-            with when(unit + 1 < units):
-                do("bc_load_weights", at(held, 0), at(w, word + (unit + 1) * UNIT_WORDS))
-            # The slot of the unit before: the other warpgroup has most likely left it as well.
-            before = unit - 1
-            again = T.And(unit > 0, before + stages < units)
+            do(f"bc_wgmma_{count}", at(acc[number % sets], 0), at(a[number], 0), b)
+            with when(following < units):
+                weights(number, following)
+            do("bc_wgmma_wait_last", at(a[1 - number], 0))
+            if begins:
+                release(unit)
+
+        def release(unit: Expr) -> None:
+            """The unit before has been read; fill the slot of the one before that again."""
+            with when(unit > 0):
+                do("bc_barrier_arrive", at(free, (unit - 1) % stages))
+            filled = unit - 2
+            again = T.And(unit > 1, filled + stages < units)
             with when(T.And(ids.thread == 0, again)):
-                turn = T.floordiv(before, stages) % 2
-                do("bc_barrier_wait", at(free, before % stages), turn)
-                copy(before + stages)
-            do(f"bc_wgmma_{count}_wait", at(acc, 0), at(a, 0))
-            do("bc_barrier_arrive", at(free, slot))
+                do("bc_barrier_wait", at(free, filled % stages), T.floordiv(filled, stages) % 2)
+                copy(filled + stages)
+
+        if sets == 2:
+            with T.serial(units) as unit:
+                product(0, unit, unit + 1, True)
+                product(1, unit, unit + 1, False)
+        else:
+            with T.serial(T.floordiv(units, 2)) as pair:
+                product(0, pair * 2, pair * 2 + 2, True)
+                product(1, pair * 2 + 1, pair * 2 + 3, True)
+            with when(units % 2 == 1):
+                product(0, units - 1, units, True)
+        for d in acc:
+            do(f"bc_wgmma_{count}_wait", at(d, 0))
         barrier()
-        for half in range(2):
-            n = ids.block_x * ROWS + row + half * 8 + g
-            feature = Feature(n, N, w_scale, bias, has_bias)
-            for j in range(count // 8):
-                for e in range(2):
-                    token = j * 8 + c * 2 + e
-                    scaled = tokens.scaled(acc[j * 4 + half * 2 + e], token, feature.scale[0])
-                    to = T.floordiv(base[0], 4) + token * OUT_STRIDE + row + half * 8 + g
-                    put(done, feature.result(scaled), to)
+        start = variable(T.floordiv(base[0], 4), "int32")
+
+        def results(scaled: Callable[[Expr, Expr, Expr], Expr]) -> None:
+            for number in range(sets):
+                for half in range(2):
+                    row = first_row(number) + half * 8 + g
+                    feature = Feature(ids.block_x * rows + row, N, w_scale, bias, has_bias)
+                    to = variable(start[0] + c * (2 * (rows + PAD)) + row, "int32")
+                    for j in range(count // 8):
+                        for e in range(2):
+                            value = acc[number][j * 4 + half * 2 + e]
+                            result = scaled(value, j * 8 + c * 2 + e, feature.scale[0])
+                            put(done, feature.result(result), to[0] + (j * 8 + e) * (rows + PAD))
+
+        with when(alike[0] != 0):
+            tokens.share(count, HOPPER_THREADS, ids, common)
+            barrier()
+            results(lambda value, token, weight: tokens.shared(value, token))
+        with when(alike[0] == 0):
+            results(tokens.scaled)
         barrier()
-        offset = T.floordiv(base[0], 4)
-        finish(ids, done, offset, count, HOPPER_THREADS, residual, y, M, N, type_y, has_residual)
+        finish(ids, done, start[0], rows, count, HOPPER_THREADS, residual, y, M, N, type_y,
+               has_residual)  # fmt: skip
 
     return device_kernel(name, PARAMETERS, HOPPER_THREADS, body)

@@ -159,6 +159,16 @@ BC_INLINE void bc_load_shared8(int* out, uint address) {
                : "r"(address + 16) : "memory");
 }
 
+/* A unit of one token as operand B, the same in every column: word 2 t + i of lane l is word
+ * 8 t + 4 i + l % 4. `address`: that of piece l / 8. */
+BC_INLINE void bc_load_token(int* out, uint address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(address) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[4]), "=r"(out[5]), "=r"(out[6]), "=r"(out[7])
+               : "r"(address + 64) : "memory");
+}
+
 /* ---- constants: may be read before the wait -------------------------------------------------- */
 
 BC_INLINE void bc_load_weights(uint* out, const uint* p) {
@@ -177,6 +187,14 @@ BC_INLINE void bc_load_unit(uint* out, uint64_t address, int wanted) {
       : "l"(address), "r"(wanted) : "memory");
 }
 
+/* The same into shared memory, 16 bytes a lane. */
+BC_INLINE void bc_copy_unit(uint to, uint64_t address, int wanted) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n"
+      "@p cp.async.cg.shared.global.L2::256B [%0], [%1], 16;\n}"
+      ::"r"(to), "l"(address), "r"(wanted) : "memory");
+}
+
 /* ---- arithmetic ------------------------------------------------------------------------------ */
 
 /* rint(x * scale) in the int8 range; 0 for a NaN. */
@@ -186,6 +204,14 @@ BC_INLINE int bc_quantized(float x, float scale) {
 }
 BC_INLINE int bc_pack(int a, int b, int c, int d) {
   return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;
+}
+/* Four values with |x * scale| <= 127 (or NaN) as rint(x * scale), by adding 1.5 * 2**23. */
+BC_INLINE int bc_quantized4(const float* x, float scale) {
+  int q[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    q[i] = __float_as_int(__fadd_rn(__fmul_rn(x[i], scale), 12582912.0f));
+  return __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
 }
 BC_INLINE int bc_sum4(int a) {
   int d;
@@ -245,6 +271,14 @@ BC_INLINE void bc_copy_async4(void* to, const void* from) {
 }
 BC_INLINE void bc_copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 BC_INLINE void bc_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+BC_INLINE void bc_copy_wait_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+BC_INLINE void bc_load_shared_unit(uint* out, uint address) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(address) : "memory");
+}
 BC_INLINE void bc_copy_wait2() { asm volatile("cp.async.wait_group 2;" ::: "memory"); }
 
 /* ---- Hopper: bulk copies, barriers in shared memory, warpgroup products ---------------------- */
@@ -277,6 +311,13 @@ BC_INLINE void bc_copy_bulk(void* to, const void* from, int64_t byte, int bytes,
 }
 /* Bytes from p to the next multiple of 1024 in shared memory. */
 BC_INLINE int bc_to_kilobyte(const void* p) { return (int)(-bc_shared(p) & 1023); }
+/* Ends all products but the last, and with them the use of their operands. */
+BC_INLINE void bc_wgmma_wait_last(uint* a) {
+  asm volatile("wgmma.wait_group.sync.aligned 1;"
+               : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]), "+r"(a[4]), "+r"(a[5]), "+r"(a[6]),
+                 "+r"(a[7]), "+r"(a[8]), "+r"(a[9]), "+r"(a[10]), "+r"(a[11]), "+r"(a[12]),
+                 "+r"(a[13]), "+r"(a[14]), "+r"(a[15])::"memory");
+}
 /* Operand B in shared memory: rows of 128 bytes in the 128-byte swizzle, 8 rows a kilobyte. */
 BC_INLINE uint64_t bc_describe(const void* p) {
   return (uint64_t)(bc_shared(p) >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
