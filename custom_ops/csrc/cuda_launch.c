@@ -18,6 +18,7 @@ enum {
   BLOCK_UNITS = 6 * BC_DECODE_WARPS,
   MOST_STEP = 8, /* a thread of the block stores one row */
   MIN_MAJOR = 8,
+  FLOAT = 1, /* ONNX element type */
 };
 
 /* ---- the driver ------------------------------------------------------------------------------ */
@@ -332,16 +333,17 @@ static int gemv(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tok
                     .y = job->y,
                     .N = job->N,
                     .units = units_of(job),
-                    .token_groups = from->groups,
                     .tiles = tiles,
                     .warps = warps,
                     .turns = (int32_t)ceil_div(units_of(job), (int64_t)warps * v->ahead),
+                    .copies = (int32_t)ceil_div(units_of(job) * 8, (warps + 1) * 32),
                     .type_y = job->type_y,
                     .has_bias = job->bias != NULL,
                     .has_residual = job->residual != NULL,
-                    .activation = job->gate_out};
+                    .activation = job->gate_out,
+                    .early = job->early && gpu->major >= 9};
   int64_t blocks = job->gate_out >= 0 ? tiles : ceil_div(tiles, v->slots);
-  return launch(gpu, stream, v->kernel, blocks, 1, warps * 32, gemv_shared(job),
+  return launch(gpu, stream, v->kernel, blocks, 1, (warps + 1) * 32, gemv_shared(job),
                 (void *[])BC_GEMV_ARGS(a), job->early);
 }
 
@@ -373,22 +375,21 @@ static int decode(const bc_gpu *gpu, void *stream, const bc_linear *job, const T
 }
 
 typedef struct Tile { /* of a product with many tokens */
-  int kernel, rows, tokens, threads, residents, shared;
+  int kernel, tokens, threads, shared;
 } Tile;
-static const Tile mma = {BC_GEMM, BC_GEMM_ROWS, GEMM_TOKENS, BC_GEMM_THREADS, 2, 0};
+static const Tile mma = {BC_GEMM, GEMM_TOKENS, BC_GEMM_THREADS, 0};
 static const Tile hopper[] = {BC_TILES};
 
-/* The tile whose waves of blocks cost least. */
+/* The tile whose turns on the multiprocessors cost least. */
 static const Tile *choose_tile(const bc_gpu *gpu, const bc_linear *job) {
   const Tile *best = &mma;
-  double least_cost = 0;
+  int64_t least_cost = 0;
   if (!gpu->kernel[hopper[0].kernel] || job->tile == BC_MMA_TILE) return best;
   if (job->tile > 0) return &hopper[job->tile - 1];
   for (size_t i = 0; i < sizeof hopper / sizeof *hopper; i++) {
     const Tile *h = &hopper[i];
-    int64_t blocks = ceil_div(job->N, h->rows) * ceil_div(job->M, h->tokens);
-    int64_t waves = ceil_div(blocks, (int64_t)gpu->processors * h->residents);
-    double cost = (double)(waves * h->residents * h->tokens * h->rows);
+    int64_t tiles = ceil_div(job->N, BC_GEMM_ROWS) * ceil_div(job->M, h->tokens);
+    int64_t cost = ceil_div(tiles, gpu->processors) * h->tokens;
     if (i && cost >= least_cost) continue;
     best = h;
     least_cost = cost;
@@ -398,6 +399,7 @@ static const Tile *choose_tile(const bc_gpu *gpu, const bc_linear *job) {
 
 static int multiply(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from) {
   const Tile *h = choose_tile(gpu, job);
+  int64_t blocks = ceil_div(job->N, BC_GEMM_ROWS), columns = ceil_div(job->M, h->tokens);
   bc_gemm_args a = {.q = from->q,
                     .s = from->s,
                     .qsum = from->qsum,
@@ -411,14 +413,20 @@ static int multiply(const bc_gpu *gpu, void *stream, const bc_linear *job, const
                     .units = units_of(job),
                     .token_groups = from->groups,
                     .tiles = (int32_t)ceil_div(job->N, TILE_ROWS),
+                    .blocks = (int32_t)blocks,
                     .type_y = job->type_y,
                     .has_bias = job->bias != NULL,
-                    .has_residual = job->residual != NULL};
+                    .has_residual = job->residual != NULL,
+                    .direct = job->type_y != FLOAT && !job->residual && job->N % 8 == 0 &&
+                              aligned(job->y)};
   int64_t stages = (int64_t)BC_GEMM_STAGES * GEMM_TOKENS * UNIT_COLUMNS;
   int64_t finished = (int64_t)GEMM_TOKENS * (BC_GEMM_ROWS + BC_GEMM_PAD) * 4;
-  int64_t own = stages > finished ? stages : finished;
-  return launch(gpu, stream, h->kernel, ceil_div(job->N, h->rows), ceil_div(job->M, h->tokens),
-                h->threads, h == &mma ? own : h->shared, (void *[])BC_GEMM_ARGS(a), job->early);
+  void **arguments = (void *[])BC_GEMM_ARGS(a);
+  if (h == &mma)
+    return launch(gpu, stream, h->kernel, blocks, columns, h->threads,
+                  stages > finished ? stages : finished, arguments, job->early);
+  return launch(gpu, stream, h->kernel, least(blocks * columns, gpu->processors), 1, h->threads,
+                h->shared, arguments, job->early);
 }
 
 int bc_cuda_linear(const bc_gpu *gpu, void *stream, const bc_linear *job, void *scratch) {

@@ -208,7 +208,7 @@ def tune_prefill(launcher: Launcher) -> None:
             tops = [f"int8Lt:{2 * N * K * M / int8 / 1e12:.0f} bf16:{2 * N * K * M / bf16 / 1e12:.0f}"]
             for number, tile in enumerate(VARIANTS["tiles"], 1):
                 t = ours(launcher, weights.linears(M, quantised=True, early=True, tile=number))
-                tops.append(f"{tile[0]}x{tile[1]}:{2 * N * K * M / t / 1e12:.0f}")
+                tops.append(f"{tile}:{2 * N * K * M / t / 1e12:.0f}")
             print(f"{N}x{K} {M}  " + "  ".join(tops), flush=True)
 
 

@@ -6,6 +6,7 @@ text that begins with the prelude.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -114,6 +115,16 @@ def at(buffer: Buffer, index: Expr) -> Expr:
 def shuffle_xor(value: Expr, distance: int) -> Expr:
     """``value`` of the lane whose number differs in one bit."""
     return T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), value, distance, 32, 32)
+
+
+STAMPS = bool(os.environ.get("BC_STAMPS"))
+
+
+def stamp(ids: Ids, y: Buffer, N: Expr, i: int, thread: Expr = 0) -> None:
+    """When thread 0 of a block got here."""
+    if STAMPS:
+        with T.If(ids.thread == thread), T.Then():
+            do("bc_stamp", y.data, long(N) * 4, ids.block_x, T.int32(i))
 
 
 def variable(value: Expr, dtype: str) -> Buffer:

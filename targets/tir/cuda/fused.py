@@ -23,17 +23,18 @@ from bitcompile.targets.tir.cuda.device import (
     put,
     read,
     shared,
+    shuffle_xor,
+    stamp,
     variable,
     view,
 )
-from bitcompile.targets.tir.cuda.gemv import lane_row, mma_unit
+from bitcompile.targets.tir.cuda.gemv import dot_unit, lane_row
 from bitcompile.targets.tir.cuda.rows import (
     LANES,
     gated,
     magnitude,
     reciprocal_rms,
     row_scale,
-    tree,
 )
 from bitcompile.targets.tir.cuda.tile import TILE_ROWS, UNIT_COLUMNS, UNIT_WORDS
 from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, when
@@ -65,27 +66,31 @@ def ordered_squares(squares: Buffer, start: Expr, count: Expr, lane: Expr) -> Ex
     """
     sums = [variable(T.float32(0), "float32") for _ in range(2)]
     halves = [local(16, "float32") for _ in range(2)]
+    from_ = variable(start + lane * 2, "int32")[0]
 
     def bring(turn: Expr, half: Buffer) -> None:
         for j in range(8):
-            for i in range(2):
-                put(half, squares[start + (turn * 8 + j) * LANES + i * 32 + lane], j * 2 + i)
+            do("bc_load_shared2", at(half, j * 2), at(squares, from_ + (turn * 8 + j) * LANES))
 
     def add(half: Buffer) -> None:
         for j in range(8):
             for i in range(2):
                 put(sums[i], sums[i][0] + half[j * 2 + i])
 
-    turns = T.floordiv(count, 8 * LANES)
+    turns = T.shift_right(count, 9)
     bring(T.int32(0), halves[0])
-    with T.serial(T.floordiv(turns, 2)) as pair:
+    with T.serial(T.shift_right(turns, 1)) as pair:
         bring(pair * 2 + 1, halves[1])
         add(halves[0])
         bring(T.min(pair * 2 + 2, turns - 1), halves[0])
         add(halves[1])
-    with when(turns % 2 == 1):
+    with when(T.bitwise_and(turns, 1) == 1):
         add(halves[0])
-    return tree(sums[0][0], sums[1][0])
+    # A lane has sums 2 l and 2 l + 1: the tree joins sums 32, 16, 8, 4, 2, then 1 apart.
+    for distance in (16, 8, 4, 2, 1):
+        for total in sums:
+            put(total, total[0] + shuffle_xor(total[0], distance))
+    return sums[0][0] + sums[1][0]
 
 
 def fused(name: str) -> Any:
@@ -153,6 +158,7 @@ def fused(name: str) -> Any:
         for i in range(AHEAD):
             load(i, i)
         do("bc_let_next_start")
+        stamp(ids, y, N, 0)
         with when(ids.thread < slots):
             put(room, T.int32(0), sums + ids.thread)
         with when(ids.thread == 0):
@@ -161,6 +167,7 @@ def fused(name: str) -> Any:
         column = variable(begin[0] % units, "int32")
 
         do("bc_wait_for_earlier")
+        stamp(ids, y, N, 1)
         own = T.int32(THREADS - 1) - ids.thread  # the last warps have fewer units
         n = base * TILE_ROWS + own
         ends = T.And(own < rows, n < N)
@@ -178,10 +185,12 @@ def fused(name: str) -> Any:
                         put(four, row[turn * 4 + j] * row[turn * 4 + j], j)
                     do("bc_store_shared4", at(values, row_at + word * 4), at(four, 0))
             barrier()
+            stamp(ids, y, N, 2)
             with when(ids.warp == 0):
                 summed = ordered_squares(values, row_at, filled * 4, ids.lane)
                 put(norm, reciprocal_rms(summed, K, eps))
             do(f"bc_copy_wait_but<{AHEAD}>")
+            stamp(ids, y, N, 3)
             barrier()
             rstd = norm[0]
             for turn in range(4):
@@ -198,6 +207,7 @@ def fused(name: str) -> Any:
             put(most, bits[0], ids.warp)
         do(f"bc_copy_wait_but<{AHEAD}>")
         barrier()
+        stamp(ids, y, N, 4)
         put(bits, most[ids.lane % WARPS])
         put(bits, call("int32", "__reduce_max_sync", T.uint32(0xFFFFFFFF), bits[0]))
         scale, kept = row_scale(bits[0])
@@ -214,26 +224,26 @@ def fused(name: str) -> Any:
         with when(ids.lane == 0):
             do("bc_add_shared", at(total, 0), part[0])
         barrier()
+        stamp(ids, y, N, 5)
         factors = [variable(T.float32(0), "float32") for _ in range(2)]
         with when(ends):
             put(factors[0], call("float32", "__fdiv_rn", values[scales + own], kept))
             with when(pairs == 2):
                 put(factors[1], call("float32", "__fdiv_rn", values[scales + rows + own], kept))
 
-        low, high = local(4, "int32"), local(4, "int32")
+        acc = local(4, "int32")
         b, four_words = local(8, "int32"), local(4, "uint32")
         g, c = T.floordiv(ids.lane, 4), ids.lane % 4
 
         def clear() -> None:
             for i in range(4):
-                put(low, T.int32(0), i)
-                put(high, T.int32(0), i)
+                put(acc, T.int32(0), i)
 
         def add_up() -> None:
             """Add the tile's sums to the block's."""
+            sum_ = lane_row(acc, ids.lane)
             with when(c < 2):
-                to = sums + slot[0] * TILE_ROWS + c * 8 + g
-                do("bc_add_shared", at(room, to), lane_row(low, high, c))
+                do("bc_add_shared", at(room, sums + slot[0] * TILE_ROWS + c * 8 + g), sum_)
             clear()
 
         clear()
@@ -249,7 +259,7 @@ def fused(name: str) -> Any:
                     do("bc_load_shared_unit", at(four_words, 0), to)
                     do("bc_load_token", at(b, 0), operand[0])
                     put(operand, operand[0] + T.uint32(UNIT_COLUMNS))
-                    mma_unit(low, high, b, four_words, 0)
+                    dot_unit(acc, b, four_words, 0)
                     put(column, column[0] + 1)
                     with when(column[0] == units):
                         add_up()
@@ -261,13 +271,15 @@ def fused(name: str) -> Any:
             put(address, address[0] + T.uint64(AHEAD * UNIT_WORDS * 4))
         with when(T.And(started[0] != 0, column[0] > 0)):
             add_up()
+        stamp(ids, y, N, 6)
         barrier()
+        stamp(ids, y, N, 7)
 
         with when(ends):
 
             def product(row: Expr, factor: Expr) -> Expr:
-                acc = room[sums + row] - total[0]
-                return variable(T.cast(acc, "float32") * factor, "float32")[0]
+                whole = room[sums + row] - total[0]
+                return variable(T.cast(whole, "float32") * factor, "float32")[0]
 
             result = variable(product(own, factors[0][0]), "float32")
             with when(pairs == 2):
@@ -277,5 +289,6 @@ def fused(name: str) -> Any:
             with when(has_residual != 0):
                 put(result, result[0] + call("float32", "bc_from_bits", old[0], type_y))
             do("bc_store", y.data, long(n), result[0], type_y)
+        stamp(ids, y, N, 8)
 
     return device_kernel(name, PARAMETERS, THREADS, body)

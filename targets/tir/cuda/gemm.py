@@ -1,8 +1,9 @@
 """Products with many tokens on tensor cores: 128 weight rows by a tile of tokens a block.
 
 Two schedules read the same weights and activations. ``gemm``: ``mma.sync`` (sm_80 and later),
-tokens by asynchronous copies, weights from registers. ``wgmma`` (sm_90a): tokens by bulk copies;
-two warpgroups hold weights in registers and multiply with tokens in shared memory.
+tokens by asynchronous copies, weights from registers. ``wgmma`` (sm_90a): a block makes one tile
+after the other; a warp brings both operands by bulk copies, two warpgroups unpack weights into
+registers and multiply with tokens in shared memory, and results leave while the next tile is made.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ PARAMETERS = [
     ("q", "uint8*"), ("s", "float32*"), ("qsum", "int32*"), ("w", "uint32*"),
     ("w_scale", "float32*"), ("bias", "float32*"), ("residual", "uint8*"), ("y", "uint8*"),
     *((name, "int32") for name in (
-        "M", "N", "units", "token_groups", "tiles", "type_y", "has_bias", "has_residual",
+        "M", "N", "units", "token_groups", "tiles", "blocks", "type_y", "has_bias", "has_residual",
+        "direct",
     )),
 ]  # fmt: skip
 
@@ -73,35 +75,23 @@ class Tokens:
         ratio = call("float32", "bc_divide", weight, self.scale[token], self.inverse[token])
         return T.cast(acc - self.total[token], "float32") * ratio
 
-    def share(self, count: int, threads: int, ids: Ids, weight: Expr) -> None:
-        """Put ``fl(weight / s)`` in the place of the reciprocals, for rows of one scale."""
 
-        def divide(i: Expr) -> None:
-            put(self.inverse, call("float32", "__fdiv_rn", weight, self.scale[i]), i)
-
-        each(ids, T.int32(count), divide, threads)
-
-    def shared(self, acc: Expr, token: Expr) -> Expr:
-        """:meth:`scaled` after :meth:`share`."""
-        return T.cast(acc - self.total[token], "float32") * self.inverse[token]
-
-
-def finish(ids: Ids, done: Buffer, offset: Expr, rows: int, tokens: int, threads: int,
-           residual: Buffer, y: Buffer, M: Expr, N: Expr, type_y: Expr,
+def finish(ids: Ids, done: Buffer, offset: Expr, first_n: Expr, first_m: Expr, tokens: int,
+           threads: int, residual: Buffer, y: Buffer, M: Expr, N: Expr, type_y: Expr,
            has_residual: Expr) -> None:  # fmt: skip
-    """Store a tile of results ``[tokens, rows + PAD]``, four rows a thread at a time."""
+    """Store a tile of results ``[tokens, ROWS + PAD]``, four rows a thread at a time."""
     values, old = local(4, "float32"), local(4, "float32")
-    quads = rows // 4
+    quads = ROWS // 4
 
     def store(i: Expr) -> None:
-        token, n = T.floordiv(i, quads), ids.block_x * rows + (i % quads) * 4
-        m = ids.block_y * tokens + token
+        token, n = T.floordiv(i, quads), first_n + (i % quads) * 4
+        m = first_m + token
         with when(T.And(m < M, n < N)):
             to = long(m) * N + n
             do(
                 "bc_load_shared4",
                 at(values, 0),
-                at(done, offset + token * (rows + PAD) + i % quads * 4),
+                at(done, offset + token * (ROWS + PAD) + i % quads * 4),
             )
             with when(N % 4 == 0):
                 with when(has_residual != 0):
@@ -154,7 +144,8 @@ def gemm(name: str) -> Any:
 
     def body(ids: Ids, q: Buffer, s: Buffer, qsum: Buffer, w: Buffer, w_scale: Buffer, bias: Buffer,
              residual: Buffer, y: Buffer, M: Expr, N: Expr, units: Expr, token_groups: Expr,
-             tiles: Expr, type_y: Expr, has_bias: Expr, has_residual: Expr) -> None:  # fmt: skip
+             tiles: Expr, blocks: Expr, type_y: Expr, has_bias: Expr, has_residual: Expr,
+             direct: Expr) -> None:  # fmt: skip
         room = dynamic()
         done = view(room, "float32")
         rows_at, tokens_at = ids.warp % 2 * 64, T.floordiv(ids.warp, 2) * 64
@@ -218,52 +209,54 @@ def gemm(name: str) -> Any:
                         scaled = tokens.scaled(value, token, feature.scale[0])
                         put(done, feature.result(scaled), token * (ROWS + PAD) + row)
         barrier()
-        finish(ids, done, T.int32(0), ROWS, TILE_TOKENS, THREADS, residual, y, M, N, type_y,
-               has_residual)  # fmt: skip
+        finish(ids, done, T.int32(0), ids.block_x * ROWS, ids.block_y * TILE_TOKENS, TILE_TOKENS,
+               THREADS, residual, y, M, N, type_y, has_residual)  # fmt: skip
 
     return device_kernel(name, PARAMETERS, THREADS, body)
 
 
 # --- wgmma ----------------------------------------------------------------------------------------
 
-HOPPER_THREADS = 256
-"""Two warpgroups. The first thread copies too: a warp of its own would cost the registers of a whole
-warpgroup."""
+WORKERS = 256
+"""Two warpgroups of 64 rows each; a warp of a third brings the operands."""
+HOPPER_THREADS = WORKERS + 128
+WORKER_REGISTERS, OTHER_REGISTERS = 240, 24
+"""Of a thread: the three warpgroups start with 168 each; the last gives up what the others take."""
+STAGE_WEIGHTS = ROW_TILES * UNIT_WORDS * 4
+"""Bytes of a unit of each of the block's row tiles."""
+OUT_PITCH = 2 * ROWS + 16
+"""Bytes between tokens of a finished tile of 16-bit values: no bank conflicts."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a block of ``wgmma`` makes: ``sets`` times 64 rows a warpgroup, by ``tokens``."""
+    """What a block of ``wgmma`` makes at a time: ROWS rows by ``tokens``, a multiple of 32."""
 
-    sets: int
     tokens: int
     stages: int
-    """Of tokens, under way or in use."""
-    residents: int
-    """Blocks that fit a multiprocessor at once."""
+    """Units under way or in use."""
 
     @property
     def name(self) -> str:
         """Of the kernel."""
-        return f"bc_wgmma{self.rows}x{self.tokens}"
+        return f"bc_wgmma{self.tokens}"
 
     @property
-    def rows(self) -> int:
-        """Of weights."""
-        return 128 * self.sets
+    def stage(self) -> int:
+        """Bytes of a stage: tokens, then weights."""
+        return self.tokens * UNIT_COLUMNS + STAGE_WEIGHTS
 
     @property
     def shared(self) -> int:
-        """Bytes of dynamic shared memory: to align, then the stages or the finished tile."""
-        stages = self.stages * self.tokens * UNIT_COLUMNS
-        return 1024 + max(stages, self.tokens * (self.rows + PAD) * 4)
+        """Bytes of dynamic shared memory: to align, stages, the finished tile.
+
+        Of a tile that is not of 16-bit values, half is in there at a time, in float32.
+        """
+        return 1024 + self.stages * self.stage + self.tokens * OUT_PITCH
 
 
 def wgmma_source(tokens: int) -> str:
-    """``bc_wgmma_N``: 64 rows by ``tokens`` tokens by 128 columns; ``..._wait`` ends it.
-
-    ``bc_wgmma_wait`` ends all but the last, whose operands are others than ``a``.
-    """
+    """``bc_wgmma_N``: starts 64 rows by ``tokens`` tokens by 128 columns; ``..._wait`` ends all."""
     n = tokens // 2
     results = ", ".join(f'"+r"(d[{i}])' for i in range(n))
     names = ", ".join(f"%{i}" for i in range(n))
@@ -290,132 +283,220 @@ BC_INLINE void bc_wgmma_{tokens}_wait(int* d) {{
 """
 
 
-def wgmma(name: str, tile: Tile) -> Any:
-    """``y = scaled(W q)``. Grid: ceil(N / rows), ceil(M / tokens).
+class Ring:
+    """Which stage comes next, and in which phase its barriers are."""
 
-    A warpgroup unpacks the weights of the next product while the tensor cores work on the last:
-    two sets of registers take turns, over the two sets of rows or over units.
+    def __init__(self, stages: int) -> None:
+        self.stages = stages
+        self.slot, self.phase = (variable(T.int32(0), "int32") for _ in range(2))
+
+    def advance(self) -> None:
+        """To the next stage."""
+        put(self.slot, self.slot[0] + 1)
+        with when(self.slot[0] == self.stages):
+            put(self.slot, T.int32(0))
+            put(self.phase, T.bitwise_xor(self.phase[0], T.int32(1)))
+
+
+def wgmma(name: str, tile: Tile) -> Any:
+    """``y = scaled(W q)``. Grid: as many blocks as work at once; ``blocks``: ceil(N / ROWS).
+
+    A warpgroup unpacks the weights of the next unit while the tensor cores work on the last. With
+    ``direct``, 16-bit results of rows that share a scale leave by bulk copies.
     """
-    stages, count, sets, rows = tile.stages, tile.tokens, tile.sets, tile.rows
-    stage = count * UNIT_COLUMNS
+    stages, count = tile.stages, tile.tokens
 
     def body(ids: Ids, q: Buffer, s: Buffer, qsum: Buffer, w: Buffer, w_scale: Buffer, bias: Buffer,
              residual: Buffer, y: Buffer, M: Expr, N: Expr, units: Expr, token_groups: Expr,
-             tiles: Expr, type_y: Expr, has_bias: Expr, has_residual: Expr) -> None:  # fmt: skip
+             tiles: Expr, blocks: Expr, type_y: Expr, has_bias: Expr, has_residual: Expr,
+             direct: Expr) -> None:  # fmt: skip
         room = dynamic()
         done = view(room, "float32")
         full, free = shared(stages, "uint64"), shared(stages, "uint64")
-        base = variable(read("int32", "bc_to_kilobyte", at(room, 0)), "int32")
-        acc = [local(count // 2, "int32") for _ in range(sets)]
-        held = [local(4, "uint32") for _ in range(2)]
-        a = [local(16, "uint32") for _ in range(2)]
-        group, row_in = T.floordiv(ids.warp, 4), ids.warp % 4 * TILE_ROWS
-        g, c = T.floordiv(ids.lane, 4), ids.lane % 4
-
-        def first_row(number: int) -> Expr:
-            """Of a warp in the block, for one of its sets."""
-            return (group * sets + number) * 64 + row_in
-
-        words = []
-        for number in range(sets):
-            start = T.floordiv(ids.block_x * rows + first_row(number), TILE_ROWS)
-            word = long(T.min(start, tiles - 1)) * units * UNIT_WORDS + ids.lane * 4
-            words.append(variable(word, "int64"))
-
-        def weights(product: int, unit: Expr) -> None:
-            start = words[product % sets][0]
-            do("bc_load_weights", at(held[product], 0), at(w, start + unit * UNIT_WORDS))
-
-        do("bc_let_next_start")
-        weights(0, T.int32(0))
-        weights(1, T.int32(0) if sets == 2 else T.min(1, units - 1))
+        scale, ratio = shared(count, "float32"), shared(count, "float32")
+        total = shared(count, "int32")
+        base = variable(read("int32", "bc_to_kilobyte", at(room, 0)), "int32")[0]
+        warp = variable(
+            call("int32", "__shfl_sync", T.uint32(0xFFFFFFFF), ids.warp, T.int32(0)), "int32"
+        )[0]
+        out = base + stages * tile.stage
+        grid = variable(read("int32", "bc_grid"), "int32")[0]
+        work = blocks * T.floordiv(M + (count - 1), count)
+        mine = variable(T.floordiv(work - ids.block_x + grid - 1, grid), "int32")[0]
         with when(ids.thread == 0):
             for i in range(stages):
                 do("bc_barrier_init", at(full, i), T.int32(1))
-                do("bc_barrier_init", at(free, i), T.int32(HOPPER_THREADS))
+                do("bc_barrier_init", at(free, i), T.int32(WORKERS // 32))
             do("bc_barrier_fence")
-
-        def copy(unit: Expr) -> None:
-            slot = unit % stages
-            start = long(unit) * token_groups + ids.block_y * (count // TOKENS)
-            to = at(room, base[0] + slot * stage)
-            do("bc_copy_bulk", to, q.data, start * TOKEN_UNIT, T.int32(stage), at(full, slot))
-
-        do("bc_wait_for_earlier")
-        with when(ids.thread == 0), T.serial(T.min(units, stages)) as unit:
-            copy(unit)
-        tokens = Tokens(ids, count, HOPPER_THREADS, s, qsum, M)
-        common = w_scale[T.min(ids.block_x * rows, N - 1)]
-        own = w_scale[T.min(ids.block_x * rows + ids.thread % rows, N - 1)]
-        alike = variable(
-            read("int32", "__syncthreads_and", T.cast(own == common, "int32")), "int32"
-        )
-        for d in acc:
-            with T.unroll(count // 2) as i:
-                put(d, T.int32(0), i)
-
-        def product(number: int, unit: Expr, following: Expr, begins: bool) -> None:
-            """Start a product; when it returns, the one before is complete."""
-            for t in range(4):
-                for f in range(4):
-                    shifted = T.shift_right(held[number][t], T.uint32(2 * f))
-                    put(a[number], T.bitwise_and(shifted, T.uint32(0x03030303)), t * 4 + f)
-            slot = unit % stages
-            if begins:
-                do("bc_barrier_wait", at(full, slot), T.floordiv(unit, stages) % 2)
-            b = call("uint64", "bc_describe", at(room, base[0] + slot * stage))
-            do(f"bc_wgmma_{count}", at(acc[number % sets], 0), at(a[number], 0), b)
-            with when(following < units):
-                weights(number, following)
-            do("bc_wgmma_wait_last", at(a[1 - number], 0))
-            if begins:
-                release(unit)
-
-        def release(unit: Expr) -> None:
-            """The unit before has been read; fill the slot of the one before that again."""
-            with when(unit > 0):
-                do("bc_barrier_arrive", at(free, (unit - 1) % stages))
-            filled = unit - 2
-            again = T.And(unit > 1, filled + stages < units)
-            with when(T.And(ids.thread == 0, again)):
-                do("bc_barrier_wait", at(free, filled % stages), T.floordiv(filled, stages) % 2)
-                copy(filled + stages)
-
-        if sets == 2:
-            with T.serial(units) as unit:
-                product(0, unit, unit + 1, True)
-                product(1, unit, unit + 1, False)
-        else:
-            with T.serial(T.floordiv(units, 2)) as pair:
-                product(0, pair * 2, pair * 2 + 2, True)
-                product(1, pair * 2 + 1, pair * 2 + 3, True)
-            with when(units % 2 == 1):
-                product(0, units - 1, units, True)
-        for d in acc:
-            do(f"bc_wgmma_{count}_wait", at(d, 0))
         barrier()
-        start = variable(T.floordiv(base[0], 4), "int32")
+        do("bc_let_next_start")
 
-        def results(scaled: Callable[[Expr, Expr, Expr], Expr]) -> None:
-            for number in range(sets):
-                for half in range(2):
-                    row = first_row(number) + half * 8 + g
-                    feature = Feature(ids.block_x * rows + row, N, w_scale, bias, has_bias)
-                    to = variable(start[0] + c * (2 * (rows + PAD)) + row, "int32")
-                    for j in range(count // 8):
-                        for e in range(2):
-                            value = acc[number][j * 4 + half * 2 + e]
-                            result = scaled(value, j * 8 + c * 2 + e, feature.scale[0])
-                            put(done, feature.result(result), to[0] + (j * 8 + e) * (rows + PAD))
+        def bring() -> None:
+            """The last warp's part: lane 0 the tokens, eight lanes a row tile's weights each."""
+            ring = Ring(stages)
 
-        with when(alike[0] != 0):
-            tokens.share(count, HOPPER_THREADS, ids, common)
-            barrier()
-            results(lambda value, token, weight: tokens.shared(value, token))
-        with when(alike[0] == 0):
-            results(tokens.scaled)
-        barrier()
-        finish(ids, done, start[0], rows, count, HOPPER_THREADS, residual, y, M, N, type_y,
-               has_residual)  # fmt: skip
+            def weights(number: Expr, unit: Expr, slot: Expr) -> None:
+                bytes_ = T.int32(tile.stage)
+                with when(ids.lane == 0):
+                    do("bc_barrier_expect", at(full, slot), bytes_)
+                do("__syncwarp")
+                row_tile = (ids.block_x + number * grid) % blocks * ROW_TILES + ids.lane
+                word = (long(T.min(row_tile, tiles - 1)) * units + unit) * UNIT_WORDS
+                to = base + slot * tile.stage + count * UNIT_COLUMNS + ids.lane * (UNIT_WORDS * 4)
+                with when(ids.lane < ROW_TILES):
+                    do("bc_copy_bulk", at(room, to), at(w, word), T.int64(0),
+                       T.int32(UNIT_WORDS * 4), at(full, slot))  # fmt: skip
+
+            def tokens(number: Expr, unit: Expr, slot: Expr) -> None:
+                first = T.floordiv(ids.block_x + number * grid, blocks) * (count // TOKENS)
+                start = (long(unit) * token_groups + first) * TOKEN_UNIT
+                to = at(room, base + slot * tile.stage)
+                size = T.int32(count * UNIT_COLUMNS)
+                with when(ids.lane == 0):
+                    do("bc_copy_bulk", to, q.data, start, size, at(full, slot))
+
+            early = T.min(units, stages)
+            with T.serial(early) as unit:
+                weights(T.int32(0), unit, unit)
+            do("bc_wait_for_earlier")
+            with T.serial(early) as unit:
+                tokens(T.int32(0), unit, unit)
+                ring.advance()
+            with T.serial(mine) as number, T.serial(units) as unit:
+                with when(T.Or(number > 0, unit >= early)):
+                    slot = ring.slot[0]
+                    do("bc_barrier_wait", at(free, slot), T.bitwise_xor(ring.phase[0], T.int32(1)))
+                    weights(number, unit, slot)
+                    tokens(number, unit, slot)
+                    ring.advance()
+
+        def work_on() -> None:
+            ring = Ring(stages)
+            acc = local(count // 2, "int32")
+            held = local(4, "uint32")
+            a = [local(16, "uint32") for _ in range(2)]
+            row = warp * TILE_ROWS  # in the block
+            g, c = T.floordiv(ids.lane, 4), ids.lane % 4
+            last = variable(T.int32(0), "int32")
+            do("bc_wait_for_earlier")
+
+            def product(which: int, begins: Expr) -> None:
+                """Start a product; when it returns, the one before is complete."""
+                slot = ring.slot[0]
+                do("bc_barrier_wait", at(full, slot), ring.phase[0])
+                stage = variable(base + slot * tile.stage, "int32")[0]
+                codes = stage + count * UNIT_COLUMNS + warp * (UNIT_WORDS * 4) + ids.lane * 16
+                do("bc_load_shared_unit", at(held, 0), call("uint32", "bc_shared", at(room, codes)))
+                for t in range(4):
+                    for f in range(4):
+                        shifted = T.shift_right(held[t], T.uint32(2 * f))
+                        put(a[which], T.bitwise_and(shifted, T.uint32(0x03030303)), t * 4 + f)
+                b = call("uint64", "bc_describe", at(room, stage))
+                do(f"bc_wgmma_{count}", at(acc, 0), at(a[which], 0), b)
+                do("bc_wgmma_wait_last", at(a[1 - which], 0))
+                with when(T.And(begins, ids.lane == 0)):
+                    do("bc_barrier_arrive", at(free, last[0]))
+                put(last, slot)
+                ring.advance()
+
+            with T.serial(mine) as number:
+                place = variable(ids.block_x + number * grid, "int32")[0]
+                first_n = variable(place % blocks * ROWS, "int32")[0]
+                first_m = variable(T.floordiv(place, blocks) * count, "int32")[0]
+                own_scale = variable(T.float32(1), "float32")
+                own_total = variable(T.int32(0), "int32")
+                with when(ids.thread < count):
+                    m = T.min(first_m + ids.thread, M - 1)
+                    put(own_scale, read("float32", "bc_load", s.data, long(m), FLOAT))
+                    put(own_total, read("int32", "bc_load_int", qsum.data, long(m)))
+                common = variable(w_scale[first_n], "float32")[0]
+                other = variable(w_scale[T.min(first_n + ids.thread % ROWS, N - 1)], "float32")[0]
+                with T.unroll(count // 2) as i:
+                    put(acc, T.int32(0), i)
+                with T.serial(T.floordiv(units, 2)) as pair:
+                    product(0, pair > 0)
+                    product(1, T.bool(True))
+                with when(units % 2 == 1):
+                    product(0, units > 1)
+                do(f"bc_wgmma_{count}_wait", at(acc, 0))
+                with when(ids.lane == 0):
+                    do("bc_barrier_arrive", at(free, last[0]))
+
+                with when(ids.thread < count):
+                    put(scale, own_scale[0], ids.thread)
+                    put(total, own_total[0], ids.thread)
+                    put(ratio, call("float32", "__fdiv_rn", common, own_scale[0]), ids.thread)
+                do("bc_store_bulk_read")
+                alike = variable(
+                    read("int32", "bc_agree", T.cast(other == common, "int32")), "int32"
+                )
+                features = [
+                    Feature(first_n + row + half * 8 + g, N, w_scale, bias, has_bias)
+                    for half in range(2)
+                ]
+
+                def shared_scale(value: Expr, token: Expr, half: int) -> Expr:
+                    scaled = T.cast(value - total[token], "float32") * ratio[token]
+                    return features[half].result(scaled)
+
+                def own_ratio(value: Expr, token: Expr, half: int) -> Expr:
+                    by = call("float32", "bc_ratio", features[half].scale[0], scale[token])
+                    scaled = T.cast(value - total[token], "float32") * by
+                    return features[half].result(scaled)
+
+                with when(T.And(direct != 0, alike[0] != 0)):
+                    lane_token = ids.lane % 8 + T.floordiv(ids.lane, 16) * 8
+                    lane_row = row + T.floordiv(ids.lane, 8) % 2 * 8
+                    to = call("uint32", "bc_shared", at(room, out + lane_token * OUT_PITCH + lane_row * 2))
+                    place_of = variable(to, "uint32")[0]
+                    four = local(4, "uint32")
+                    for j in range(0, count // 8, 2):
+                        for i in range(4):
+                            half, column = i % 2, j + i // 2
+                            results = [
+                                shared_scale(acc[column * 4 + half * 2 + e], column * 8 + c * 2 + e, half)
+                                for e in range(2)
+                            ]
+                            put(four, call("uint32", "bc_narrow2", *results, type_y), i)
+                        do("bc_store_matrix4", place_of + T.uint32(j * 8 * OUT_PITCH), at(four, 0))
+                    do("bc_proxy_fence")
+                    do("bc_workers")
+                    m = first_m + ids.thread
+                    with when(T.And(ids.thread < count, m < M)):
+                        size = T.min(N - first_n, ROWS) * 2
+                        do("bc_store_bulk", y.data, (long(m) * N + first_n) * 2,
+                           at(room, out + ids.thread * OUT_PITCH), size)  # fmt: skip
+                with when(T.Or(direct == 0, alike[0] == 0)):
+                    start = variable(T.floordiv(out, 4), "int32")[0]
+                    part = count // 2
+
+                    def results(first: int, by: Callable[[Expr, Expr, int], Expr]) -> None:
+                        for half in range(2):
+                            to = variable(start + c * (2 * (ROWS + PAD)) + row + half * 8 + g, "int32")
+                            for j in range(part // 8):
+                                for e in range(2):
+                                    value = acc[(first // 8 + j) * 4 + half * 2 + e]
+                                    result = by(value, first + j * 8 + c * 2 + e, half)
+                                    put(done, result, to[0] + (j * 8 + e) * (ROWS + PAD))
+
+                    for first in (0, part):
+                        with when(alike[0] != 0):
+                            results(first, shared_scale)
+                        with when(alike[0] == 0):
+                            results(first, own_ratio)
+                        do("bc_workers")
+                        finish(ids, done, start, first_n, first_m + first, part, WORKERS, residual, y,
+                               M, N, type_y, has_residual)  # fmt: skip
+                        do("bc_workers")
+            do("bc_store_bulk_wait")
+
+        with T.If(warp < WORKERS // 32):
+            with T.Then():
+                do(f"bc_more_registers<{WORKER_REGISTERS}>")
+                work_on()
+            with T.Else():
+                do(f"bc_fewer_registers<{OTHER_REGISTERS}>")
+                with when(warp == WORKERS // 32):
+                    bring()
 
     return device_kernel(name, PARAMETERS, HOPPER_THREADS, body)

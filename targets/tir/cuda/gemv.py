@@ -2,7 +2,7 @@
 
 A block has one or two tiles of rows; its warps share the columns. A warp loads all weights of a turn
 at once, then waits for the row of the kernel before, whose scale, sum and residual are on their way
-too while tensor cores multiply; sums of a tile meet in shared memory.
+too; sums of a tile meet in shared memory.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from bitcompile.targets.tir.cuda.device import (
     long,
     put,
     read,
+    shuffle_xor,
+    stamp,
     variable,
     view,
 )
@@ -33,41 +35,47 @@ PARAMETERS = [
     ("q", "uint8*"), ("s", "float32*"), ("qsum", "int32*"), ("w", "uint32*"),
     ("w_scale", "float32*"), ("bias", "float32*"), ("residual", "uint8*"), ("y", "uint8*"),
     *((name, "int32") for name in (
-        "N", "units", "token_groups", "tiles", "warps", "turns", "type_y", "has_bias",
-        "has_residual", "activation",
+        "N", "units", "tiles", "warps", "turns", "copies", "type_y", "has_bias", "has_residual",
+        "activation", "early",
     )),
 ]  # fmt: skip
 
 
-def mma_unit(low: Buffer, high: Buffer, b: Buffer, words: Buffer, first: int) -> None:
-    """Add a unit's products; ``words`` from ``first`` on are a lane's four."""
-    for t in range(4):
-        do("bc_mma_scaled", at(low, 0), at(high, 0), words[first + t], b[2 * t], b[2 * t + 1])
+def dot_unit(acc: Buffer, b: Buffer, words: Buffer, first: int) -> None:
+    """Add a lane's part of a unit's products; ``words`` from ``first`` on are its four.
 
-
-def lane_row(low: Buffer, high: Buffer, column: Expr) -> Expr:
-    """The sum of row ``lane / 4`` (column 0 of a lane's four) or of the row 8 further on.
-
-    Every column of the product is the one token; the codes' places divide the sums without rest.
+    Not by tensor cores: for one token, an ``mma.sync`` takes longer than the dot products.
     """
-    upper = low[0] + T.shift_right(high[0], 4)
-    lower = T.shift_right(low[2], 2) + T.shift_right(high[2], 6)
-    return T.if_then_else(column == 0, upper, lower)
+    for t in range(4):
+        do("bc_dot16", at(acc, 0), words[first + t], b[2 * t], b[2 * t + 1])
+
+
+def lane_row(acc: Buffer, lane: Expr) -> Expr:
+    """The sum of row ``lane / 4``, in lanes 0 and 1 of four, or of the row 8 further on."""
+    upper = acc[0] + T.shift_right(acc[2], 4)
+    lower = T.shift_right(acc[1], 2) + T.shift_right(acc[3], 6)
+    # Lanes trade: even ones add up the upper row, odd ones the lower.
+    odd = T.bitwise_and(lane, 1) != 0
+    kept = variable(T.if_then_else(odd, lower, upper), "int32")
+    given = variable(T.if_then_else(odd, upper, lower), "int32")
+    put(kept, kept[0] + shuffle_xor(given[0], 1))
+    put(kept, kept[0] + shuffle_xor(kept[0], 2))
+    return kept[0]
 
 
 def gemv(name: str, slots: int, ahead: int) -> Any:
     """``y = scaled(W q)`` for one row, ``ahead`` units of each of ``slots`` tiles at a time.
 
     With two slots and ``activation`` >= 0, a block has a gate tile and its up tile, ``tiles``
-    further on; without, two neighbours. Grid: ceil(tiles / slots), or tiles with a gate. Threads:
-    32 * ``warps``. Dynamic shared memory: ``turns * warps * ahead`` units of the row (128 bytes),
-    and ``slots * warps * 16`` sums.
+    further on; without, two neighbours. Grid: ceil(tiles / slots), or tiles with a gate. ``early``:
+    the kernel before may still run. Threads: 32 * (``warps`` + 1). The last warp scales the sums. ``copies``: 16-byte pieces of the row a
+    thread copies. Dynamic shared memory: the row's units (128 bytes) and ``slots * warps * 16`` sums.
     """
 
     def body(ids: Ids, q: Buffer, s: Buffer, qsum: Buffer, w: Buffer, w_scale: Buffer, bias: Buffer,
-             residual: Buffer, y: Buffer, N: Expr, units: Expr, token_groups: Expr, tiles: Expr,
-             warps: Expr, turns: Expr, type_y: Expr, has_bias: Expr, has_residual: Expr,
-             activation: Expr) -> None:  # fmt: skip
+             residual: Buffer, y: Buffer, N: Expr, units: Expr, tiles: Expr, warps: Expr,
+             turns: Expr, copies: Expr, type_y: Expr, has_bias: Expr, has_residual: Expr,
+             activation: Expr, early: Expr) -> None:  # fmt: skip
         memory = dynamic()
         room = view(memory, "int32")
         held = local(slots * ahead * 4, "uint32")
@@ -77,90 +85,111 @@ def gemv(name: str, slots: int, ahead: int) -> Any:
         gate = T.cast(activation >= 0, "int32") if slots == 2 else T.int32(0)
         tile = ids.block_x * (slots - gate) if slots == 2 else ids.block_x
         apart = T.if_then_else(gate != 0, tiles, 1)
+        # The last warp has no units: whatever it could load lies beyond the last.
+        begin = T.if_then_else(warp < warps, warp * ahead, units)
         addresses = []
         for slot in range(slots):
             mine = tile + slot * apart
             if slot:  # a last block may have one tile; it reads it twice
                 mine = T.min(mine, tiles * (1 + gate) - 1)
-            word = long(mine) * units * UNIT_WORDS + warp * (ahead * UNIT_WORDS) + ids.lane * 4
+            word = (long(mine) * units + begin) * UNIT_WORDS + ids.lane * 4
             addresses.append(variable(call("uint64", "bc_pointer", at(w, word)), "uint64"))
 
         def load(turn: Expr) -> None:
-            first = (turn * warps + warp) * ahead
+            first = turn * warps * ahead
             for i in range(ahead):
                 for slot in range(slots):
-                    skipped = T.cast(turn * warps * (ahead * UNIT_WORDS * 4), "uint64")
-                    address = addresses[slot][0] + skipped + T.uint64(i * UNIT_WORDS * 4)
-                    wanted = T.cast(first + i < units, "int32")
-                    do("bc_load_unit", at(held, (slot * ahead + i) * 4), address, wanted)
+                    skipped = T.cast(first + i, "uint64") * T.uint64(UNIT_WORDS * 4)
+                    wanted = T.cast(begin + first + i < units, "int32")
+                    do("bc_load_unit", at(held, (slot * ahead + i) * 4), addresses[slot][0] + skipped,
+                       wanted)  # fmt: skip
 
+        def bring() -> None:
+            """The row, and what the last warp needs of the kernel before."""
+            i = variable(ids.thread, "int32")
+            with T.serial(copies):
+                with when(i[0] < units * 8):
+                    byte = T.shift_right(i[0], 3) * TOKEN_UNIT + T.bitwise_and(i[0], 7) * 16
+                    do("bc_copy_async16_near", at(room, i[0] * 4), q.data, byte)
+                put(i, i[0] + warps * 32 + 32)
+            with when(warp == warps):
+                put(scale, read("float32", "bc_load", s.data, T.int64(0), FLOAT))
+                put(total, read("int32", "bc_load_int", qsum.data, T.int64(0)))
+
+        scale, total = variable(T.float32(1), "float32"), variable(T.int32(0), "int32")
+        with when(early == 0):
+            bring()
         load(T.int32(0))
         do("bc_let_next_start")
-        thread = ids.thread
-        row = tile * TILE_ROWS + thread if slots == 1 else T.if_then_else(
-            thread < TILE_ROWS, tile * TILE_ROWS + thread,
-            (tile + apart) * TILE_ROWS + thread - TILE_ROWS,
+        stamp(ids, y, N, 0)
+        lane = ids.lane
+        row = tile * TILE_ROWS + lane if slots == 1 else T.if_then_else(
+            lane < TILE_ROWS, tile * TILE_ROWS + lane, (tile + apart - 1) * TILE_ROWS + lane
         )  # fmt: skip
-        total_rows = N * (1 + gate)
-        ends = T.And(thread < slots * TILE_ROWS, row < total_rows)
-        weight = variable(T.float32(0), "float32")
-        offset = variable(T.float32(0), "float32")
+        ends = T.And(
+            warp == warps, T.And(lane < slots * TILE_ROWS, row < N * (1 + gate))
+        )
+        weight, offset = (variable(T.float32(0), "float32") for _ in range(2))
         with when(ends):
             put(weight, w_scale[row])
             with when(has_bias != 0):
                 put(offset, bias[row])
         do("bc_wait_for_earlier")
-        pieces = units * (UNIT_COLUMNS // 16)
-        with T.serial(T.floordiv(pieces + (warps * 32 - 1), warps * 32)) as turn:
-            i = turn * (warps * 32) + thread
-            with when(i < pieces):
-                byte = long(T.floordiv(i, 8) * token_groups) * TOKEN_UNIT + i % 8 * 16
-                do("bc_copy_async16", at(room, i * 4), q.data, byte)
-        scale, total = variable(T.float32(1), "float32"), variable(T.int32(0), "int32")
+        stamp(ids, y, N, 1)
+        with when(early != 0):
+            bring()
         old = variable(T.uint32(0), "uint32")
-        with when(thread < slots * TILE_ROWS):
-            put(scale, read("float32", "bc_load", s.data, T.int64(0), FLOAT))
-            put(total, read("int32", "bc_load_int", qsum.data, T.int64(0)))
-            with when(T.And(has_residual != 0, ends)):
-                put(old, read("uint32", "bc_load_bits", residual.data, long(row), type_y))
+        with when(T.And(has_residual != 0, ends)):
+            put(old, read("uint32", "bc_load_bits", residual.data, long(row), type_y))
         do("bc_copy_wait")
         barrier()
-        low = [local(4, "int32") for _ in range(slots)]
-        high = [local(4, "int32") for _ in range(slots)]
-        b = local(8, "int32")
-        for slot in range(slots):
-            for i in range(4):
-                put(low[slot], T.int32(0), i)
-                put(high[slot], T.int32(0), i)
-        operand = call("uint32", "bc_shared", at(room, warp * (ahead * 32) + T.floordiv(ids.lane, 8) * 4))
-        start = variable(operand, "uint32")
-
-        def multiply(turn: Expr) -> None:
-            first = (turn * warps + warp) * ahead
-            for i in range(ahead):
-                with when(first + i < units):
-                    byte = T.cast(turn * warps * (ahead * 128) + i * 128, "uint32")
-                    do("bc_load_token", at(b, 0), start[0] + byte)
-                    for slot in range(slots):
-                        mma_unit(low[slot], high[slot], b, held, (slot * ahead + i) * 4)
-
-        factor = variable(call("float32", "__fdiv_rn", weight[0], scale[0]), "float32")
-        multiply(T.int32(0))
-        with T.serial(turns - 1) as more:
-            load(more + 1)
-            multiply(more + 1)
+        stamp(ids, y, N, 2)
         sums = units * 32
-        column = ids.lane % 4
-        with when(column < 2):
+        with when(warp < warps):
+            acc = [local(4, "int32") for _ in range(slots)]
             for slot in range(slots):
-                to = sums + (slot * warps + warp) * TILE_ROWS + column * 8 + T.floordiv(ids.lane, 4)
-                put(room, lane_row(low[slot], high[slot], column), to)
+                for i in range(4):
+                    put(acc[slot], T.int32(0), i)
+            b = local(8, "int32")
+            operand = call(
+                "uint32", "bc_shared", at(room, begin * 32 + T.floordiv(ids.lane, 8) * 4)
+            )
+            start = variable(operand, "uint32")
+
+            def multiply(turn: Expr) -> None:
+                first = turn * warps * ahead
+                for i in range(ahead):
+                    with when(begin + first + i < units):
+                        do("bc_load_token", at(b, 0), start[0] + T.cast((first + i) * 128, "uint32"))
+                        for slot in range(slots):
+                            dot_unit(acc[slot], b, held, (slot * ahead + i) * 4)
+
+            multiply(T.int32(0))
+            with T.serial(turns - 1) as more:
+                load(more + 1)
+                multiply(more + 1)
+            for slot in range(slots):
+                sum_ = lane_row(acc[slot], ids.lane)
+                to = sums + (slot * warps + warp) * TILE_ROWS + ids.lane % 4 * 8
+                with when(ids.lane % 4 < 2):
+                    put(room, sum_, to + T.floordiv(ids.lane, 4))
+        factor = variable(T.float32(0), "float32")
+        with when(warp == warps):
+            put(factor, call("float32", "__fdiv_rn", weight[0], scale[0]))
+        stamp(ids, y, N, 3)
         barrier()
-        with when(ids.warp == 0):
+        stamp(ids, y, N, 4)
+        with when(warp == warps):
             acc = variable(-total[0], "int32")
-            slot, r = T.floordiv(thread, TILE_ROWS), thread % TILE_ROWS
-            with when(thread < slots * TILE_ROWS), T.serial(warps) as i:
-                put(acc, acc[0] + room[sums + (slot * warps + i) * TILE_ROWS + r])
+            team = T.floordiv(lane, TILE_ROWS)
+            step = 2 if slots == 1 else 1  # with one tile, two lanes a row
+            for i in range(MOST_WARPS // step):
+                number = i * step + (team if slots == 1 else 0)
+                from_ = T.min(number, warps - 1) + (0 if slots == 1 else team * warps)
+                part = variable(room[sums + from_ * TILE_ROWS + lane % TILE_ROWS], "int32")
+                put(acc, acc[0] + part[0] * T.cast(number < warps, "int32"))
+            if slots == 1:
+                put(acc, acc[0] + shuffle_xor(acc[0], 16) + total[0])
             result = variable(T.cast(acc[0], "float32") * factor[0], "float32")
             if slots == 2:
                 other = call(
@@ -169,12 +198,12 @@ def gemv(name: str, slots: int, ahead: int) -> Any:
                 up = variable(other, "float32")
                 with when(gate != 0):
                     put(result, gated(activation, result[0], up[0]))
-            mine = T.And(ends, T.Or(gate == 0, thread < TILE_ROWS))
-            with when(mine):
+            with when(T.And(ends, T.Or(gate == 0, lane < TILE_ROWS))):
                 with when(has_bias != 0):
                     put(result, result[0] + offset[0])
                 with when(has_residual != 0):
                     put(result, result[0] + call("float32", "bc_from_bits", old[0], type_y))
                 do("bc_store", y.data, long(row), result[0], type_y)
+            stamp(ids, y, N, 5, warps * 32)
 
-    return device_kernel(name, PARAMETERS, 32 * MOST_WARPS, body)
+    return device_kernel(name, PARAMETERS, 32 * (MOST_WARPS + 1), body)

@@ -18,22 +18,19 @@ class DeviceKernel:
     name: str
     generate: Callable[[str], Any]
     residents: int = 1
-    """Blocks that must fit a multiprocessor at once."""
+    """Blocks that must fit a multiprocessor at once, which bounds registers."""
     feature: str | None = None
     """Only for architectures whose name ends so: instructions that no other has."""
 
 
 TILES = (
-    gemm.Tile(sets=2, tokens=128, stages=8, residents=1),
-    gemm.Tile(sets=1, tokens=256, stages=5, residents=1),
-    gemm.Tile(sets=1, tokens=128, stages=5, residents=2),
-    gemm.Tile(sets=1, tokens=64, stages=6, residents=2),
-    gemm.Tile(sets=1, tokens=96, stages=6, residents=2),
-    gemm.Tile(sets=1, tokens=192, stages=6, residents=1),
-    gemm.Tile(sets=2, tokens=96, stages=8, residents=1),
-    gemm.Tile(sets=2, tokens=64, stages=6, residents=1),
+    gemm.Tile(tokens=256, stages=4),
+    gemm.Tile(tokens=192, stages=5),
+    gemm.Tile(tokens=128, stages=7),
+    gemm.Tile(tokens=96, stages=8),
+    gemm.Tile(tokens=64, stages=10),
 )
-GEMVS = ((1, 5), (1, 2), (1, 4), (1, 6), (1, 9), (1, 10), (2, 5), (2, 2), (2, 4))
+GEMVS = ((1, 5), (1, 2), (1, 4), (1, 3), (1, 7), (2, 5), (2, 2), (2, 4), (2, 3))
 KERNELS = (
     DeviceKernel("bc_rows", rows.rows),
     DeviceKernel("bc_any_rows", rows.any_rows),
@@ -44,7 +41,7 @@ KERNELS = (
     DeviceKernel("bc_read", roof.read, 2),
     *(DeviceKernel(f"bc_gemv{slots}x{ahead}", partial(gemv.gemv, slots=slots, ahead=ahead))
       for slots, ahead in GEMVS),
-    *(DeviceKernel(tile.name, partial(gemm.wgmma, tile=tile), tile.residents, "90a")
+    *(DeviceKernel(tile.name, partial(gemm.wgmma, tile=tile), feature="90a")
       for tile in TILES),
 )  # fmt: skip
 
@@ -84,13 +81,12 @@ def kernel_source(arch: str) -> str:
     functions = {kernel.name: kernel.generate(kernel.name) for kernel in chosen}
     tokens = sorted({tile.tokens for tile in TILES}) if arch.endswith("90a") else ()
     helpers = "".join(gemm.wgmma_source(count) for count in tokens)
-    residents = {kernel.name: kernel.residents for kernel in chosen if kernel.residents > 1}
+    residents = {kernel.name: kernel.residents for kernel in chosen}
     return source(functions, helpers, residents)
 
 
 def _tile(tile: gemm.Tile) -> tuple[str | int, ...]:
-    return (tile.name.upper(), tile.rows, tile.tokens, gemm.HOPPER_THREADS, tile.residents,
-            tile.shared)  # fmt: skip
+    return tile.name.upper(), tile.tokens, gemm.HOPPER_THREADS, tile.shared
 
 
 def header() -> str:

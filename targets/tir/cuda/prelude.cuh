@@ -133,6 +133,13 @@ BC_INLINE void bc_store4(void* p, int64_t i, const float* v, int type) {
   for (int j = 0; j < 4; j++) h[j] = bc_narrow(v[j], type);
   *(uint2*)((uint16_t*)p + i) = make_uint2(h[0] | (uint)h[1] << 16, h[2] | (uint)h[3] << 16);
 }
+/* Two values as 16-bit ones, the first in the lower half. */
+BC_INLINE uint bc_narrow2(float low, float high, int type) {
+  uint half, brain;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(half) : "f"(high), "f"(low));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(brain) : "f"(high), "f"(low));
+  return type == 16 ? brain : half;
+}
 BC_INLINE int bc_load_int(const int* p, int64_t i) {
   int v;
   asm volatile("ld.global.s32 %0, [%1];" : "=r"(v) : "l"(p + i) : "memory");
@@ -145,9 +152,18 @@ BC_INLINE void bc_load_int4(int* out, const void* p, int64_t byte) {
                : "l"((const char*)p + byte) : "memory");
 }
 
+BC_INLINE void bc_stamp(void* p, int64_t byte, int block, int i) {
+  uint t, c;
+  asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(t) :: "memory");
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(c) :: "memory");
+  uint* to = (uint*)((char*)p + (byte + 255) / 256 * 256) + (block * 16 + i) * 2;
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(t), "r"(c) : "memory");
+}
+
 /* ---- shared memory --------------------------------------------------------------------------- */
 
 BC_INLINE void bc_add_shared(int* p, int v) { atomicAdd(p, v); }
+BC_INLINE void bc_load_shared2(float* out, const float* p) { *(float2*)out = *(const float2*)p; }
 BC_INLINE void bc_load_shared4(float* out, const float* p) { *(float4*)out = *(const float4*)p; }
 BC_INLINE void bc_store_shared4(float* p, const float* v) { *(float4*)p = *(const float4*)v; }
 BC_INLINE uint bc_shared(const void* p) { return (uint)__cvta_generic_to_shared(p); }
@@ -233,6 +249,8 @@ BC_INLINE float bc_divide(float a, float b, float y) {
   return __fmaf_rn(__fmaf_rn(-q, b, a), y, q);
 }
 
+BC_INLINE float bc_ratio(float a, float b) { return bc_divide(a, b, __frcp_rn(b)); }
+
 /* ---- tensor cores: 16 weights are a word of four 2-bit codes a byte -------------------------- */
 
 /* d [16 rows, 8 tokens] += w [16, 32] q [32, 8]. */
@@ -243,6 +261,14 @@ BC_INLINE void bc_mma(int* d, uint w, int b0, int b1) {
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(w & 0x03030303u), "r"(w >> 2 & 0x03030303u), "r"(w >> 4 & 0x03030303u),
         "r"(w >> 6 & 0x03030303u), "r"(b0), "r"(b1));
+}
+/* d += w q for a lane's 16 weights: two rows, 32 columns. Masks alone: the sums of a code's place
+ * count 1, 4, 16 and 64 times. */
+BC_INLINE void bc_dot16(int* d, uint w, int b0, int b1) {
+  d[0] = bc_dot_us(w & 0x03030303u, b0, d[0]);
+  d[1] = bc_dot_us(w & 0x0c0c0c0cu, b0, d[1]);
+  d[2] = bc_dot_us(w & 0x30303030u, b1, d[2]);
+  d[3] = bc_dot_us(w & 0xc0c0c0c0u, b1, d[3]);
 }
 /* The same without shifts: low += w q[0..15], high += w q[16..31], where rows 8 to 15 of low, and
  * rows of high, count 4, 16 and 64 times. */
@@ -262,8 +288,21 @@ BC_INLINE void bc_load_matrix4(int* r, const void* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(bc_shared(p)) : "memory");
 }
+/* Four 8x8 matrices of 16-bit values: a lane's two of a row become one of each of two columns. */
+BC_INLINE void bc_store_matrix4(uint address, const uint* r) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+#endif
+}
+BC_INLINE int bc_grid() { return (int)gridDim.x; }
 BC_INLINE void bc_copy_async16(void* to, const void* from, int64_t byte) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
+               ::"r"(bc_shared(to)), "l"((const char*)from + byte) : "memory");
+}
+/* The same through the L1 cache, for what many blocks of a multiprocessor read. */
+BC_INLINE void bc_copy_async16_near(void* to, const void* from, int byte) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
                ::"r"(bc_shared(to)), "l"((const char*)from + byte) : "memory");
 }
 BC_INLINE void bc_copy_async4(void* to, const void* from) {
@@ -300,14 +339,44 @@ BC_INLINE void bc_barrier_wait(void* barrier, int parity) {
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n}" ::"r"(bc_shared(barrier)), "r"(parity) : "memory");
 }
-/* Copies `bytes` (a multiple of 16) and tells the barrier. */
-BC_INLINE void bc_copy_bulk(void* to, const void* from, int64_t byte, int bytes, void* barrier) {
+/* Registers of a thread, for a whole warpgroup. */
+template <int N>
+BC_INLINE void bc_more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+BC_INLINE void bc_fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+BC_INLINE void bc_barrier_expect(void* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bc_shared(barrier)),
                "r"(bytes) : "memory");
+}
+/* Copies `bytes` (a multiple of 16), of those that the barrier expects. */
+BC_INLINE void bc_copy_bulk(void* to, const void* from, int64_t byte, int bytes, void* barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
           bc_shared(to)), "l"((const char*)from + byte), "r"(bytes), "r"(bc_shared(barrier))
       : "memory");
+}
+BC_INLINE void bc_store_bulk(void* to, int64_t byte, const void* from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+               "cp.async.bulk.commit_group;" ::"l"((char*)to + byte), "r"(bc_shared(from)), "r"(bytes)
+               : "memory");
+}
+/* The thread's bulk stores have read shared memory, or are complete. */
+BC_INLINE void bc_store_bulk_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+BC_INLINE void bc_store_bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+BC_INLINE void bc_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+/* A barrier of the two warpgroups, and one that tells whether something holds for all of them. */
+BC_INLINE void bc_workers() { asm volatile("barrier.sync 1, 256;" ::: "memory"); }
+BC_INLINE int bc_agree(int holds) {
+  int all;
+  asm volatile(
+      "{\n.reg .pred p, r;\nsetp.ne.s32 p, %1, 0;\n"
+      "barrier.red.and.pred r, 1, 256, p;\nselp.s32 %0, 1, 0, r;\n}"
+      : "=r"(all) : "r"(holds) : "memory");
+  return all;
 }
 /* Bytes from p to the next multiple of 1024 in shared memory. */
 BC_INLINE int bc_to_kilobyte(const void* p) { return (int)(-bc_shared(p) & 1023); }

@@ -68,7 +68,7 @@ def tree(low: Expr, high: Expr) -> Expr:
 def reciprocal_rms(total: Expr, K: Expr, eps: Expr) -> Expr:
     """``fl(1 / sqrt(fl(total / K) + eps))``."""
     mean = call("float32", "__fdiv_rn", total, T.cast(K, "float32"))
-    return call("float32", "__fdiv_rn", T.float32(1), call("float32", "__fsqrt_rn", mean + eps))
+    return call("float32", "__frcp_rn", call("float32", "__fsqrt_rn", mean + eps))
 
 
 def magnitude(value: Expr) -> Expr:
@@ -80,7 +80,7 @@ def row_scale(bits: Expr) -> tuple[Expr, Expr]:
     """Scale for the values of a row (0 if it holds NaN or Inf) and the one that is stored (NaN)."""
     floor = numerics.AMAX_FLOOR.view("int32").item()
     amax = call("float32", "__int_as_float", T.max(bits, T.int32(floor)))
-    scale = call("float32", "__fdiv_rn", T.float32(1), amax) * T.float32(127)
+    scale = call("float32", "__frcp_rn", amax) * T.float32(127)
     used = variable(scale, "float32")
     kept = variable(used[0], "float32")
     with when(bits >= INF_BITS):
