@@ -223,8 +223,7 @@ static const struct Gemv *choose_gemv(const bc_linear *job) {
 
 static int64_t gemv_shared(const bc_linear *job) {
   const struct Gemv *v = choose_gemv(job);
-  return (int64_t)units_of(job) * UNIT_COLUMNS +
-         4 * (int64_t)v->slots * gemv_warps(job, v) * TILE_ROWS;
+  return (int64_t)units_of(job) * UNIT_COLUMNS + 4 * (int64_t)v->slots * TILE_ROWS;
 }
 
 /* How a job with few tokens is done: FUSED, or its tokens; 0 if it takes a gemm. */
@@ -336,7 +335,6 @@ static int gemv(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tok
                     .tiles = tiles,
                     .warps = warps,
                     .turns = (int32_t)ceil_div(units_of(job), (int64_t)warps * v->ahead),
-                    .copies = (int32_t)ceil_div(units_of(job) * 8, (warps + 1) * 32),
                     .type_y = job->type_y,
                     .has_bias = job->bias != NULL,
                     .has_residual = job->residual != NULL,

@@ -2,8 +2,8 @@
 
 Two schedules read the same weights and activations. ``gemm``: ``mma.sync`` (sm_80 and later),
 tokens by asynchronous copies, weights from registers. ``wgmma`` (sm_90a): a block makes one tile
-after the other; a warp brings both operands by bulk copies, two warpgroups unpack weights into
-registers and multiply with tokens in shared memory, and results leave while the next tile is made.
+after the other; one thread brings tokens by bulk copies, two warpgroups load and unpack weights into registers
+and multiply with tokens in shared memory, and results leave while the next tile is made.
 """
 
 from __future__ import annotations
@@ -222,8 +222,6 @@ WORKERS = 256
 HOPPER_THREADS = WORKERS + 128
 WORKER_REGISTERS, OTHER_REGISTERS = 240, 24
 """Of a thread: the three warpgroups start with 168 each; the last gives up what the others take."""
-STAGE_WEIGHTS = ROW_TILES * UNIT_WORDS * 4
-"""Bytes of a unit of each of the block's row tiles."""
 OUT_PITCH = 2 * ROWS + 16
 """Bytes between tokens of a finished tile of 16-bit values: no bank conflicts."""
 
@@ -234,7 +232,9 @@ class Tile:
 
     tokens: int
     stages: int
-    """Units under way or in use."""
+    """Units of tokens under way or in use."""
+    ahead: int
+    """Units of weights that a warp has under way, an even number."""
 
     @property
     def name(self) -> str:
@@ -243,8 +243,8 @@ class Tile:
 
     @property
     def stage(self) -> int:
-        """Bytes of a stage: tokens, then weights."""
-        return self.tokens * UNIT_COLUMNS + STAGE_WEIGHTS
+        """Bytes of a stage."""
+        return self.tokens * UNIT_COLUMNS
 
     @property
     def shared(self) -> int:
@@ -332,72 +332,67 @@ def wgmma(name: str, tile: Tile) -> Any:
         do("bc_let_next_start")
 
         def bring() -> None:
-            """The last warp's part: lane 0 the tokens, eight lanes a row tile's weights each."""
+            """The tokens, by one lane of the last warpgroup."""
             ring = Ring(stages)
-
-            def weights(number: Expr, unit: Expr, slot: Expr) -> None:
-                bytes_ = T.int32(tile.stage)
-                with when(ids.lane == 0):
-                    do("bc_barrier_expect", at(full, slot), bytes_)
-                do("__syncwarp")
-                row_tile = (ids.block_x + number * grid) % blocks * ROW_TILES + ids.lane
-                word = (long(T.min(row_tile, tiles - 1)) * units + unit) * UNIT_WORDS
-                to = base + slot * tile.stage + count * UNIT_COLUMNS + ids.lane * (UNIT_WORDS * 4)
-                with when(ids.lane < ROW_TILES):
-                    do("bc_copy_bulk", at(room, to), at(w, word), T.int64(0),
-                       T.int32(UNIT_WORDS * 4), at(full, slot))  # fmt: skip
-
-            def tokens(number: Expr, unit: Expr, slot: Expr) -> None:
-                first = T.floordiv(ids.block_x + number * grid, blocks) * (count // TOKENS)
-                start = (long(unit) * token_groups + first) * TOKEN_UNIT
-                to = at(room, base + slot * tile.stage)
-                size = T.int32(count * UNIT_COLUMNS)
-                with when(ids.lane == 0):
-                    do("bc_copy_bulk", to, q.data, start, size, at(full, slot))
-
-            early = T.min(units, stages)
-            with T.serial(early) as unit:
-                weights(T.int32(0), unit, unit)
             do("bc_wait_for_earlier")
-            with T.serial(early) as unit:
-                tokens(T.int32(0), unit, unit)
-                ring.advance()
-            with T.serial(mine) as number, T.serial(units) as unit:
-                with when(T.Or(number > 0, unit >= early)):
+            with T.serial(mine) as number:
+                tile_of = variable(ids.block_x + number * grid, "int32")[0]
+                first = variable(T.floordiv(tile_of, blocks) * (count // TOKENS), "int32")[0]
+                with T.serial(units) as unit:
                     slot = ring.slot[0]
                     do("bc_barrier_wait", at(free, slot), T.bitwise_xor(ring.phase[0], T.int32(1)))
-                    weights(number, unit, slot)
-                    tokens(number, unit, slot)
+                    do("bc_barrier_expect", at(full, slot), T.int32(tile.stage))
+                    start = (long(unit) * token_groups + first) * TOKEN_UNIT
+                    do("bc_copy_bulk", at(room, base + slot * tile.stage), q.data, start,
+                       T.int32(tile.stage), at(full, slot))  # fmt: skip
                     ring.advance()
 
         def work_on() -> None:
             ring = Ring(stages)
             acc = local(count // 2, "int32")
-            held = local(4, "uint32")
+            held = local(4 * tile.ahead, "uint32")
             a = [local(16, "uint32") for _ in range(2)]
             row = warp * TILE_ROWS  # in the block
             g, c = T.floordiv(ids.lane, 4), ids.lane % 4
             last = variable(T.int32(0), "int32")
+
+            def weights_of(number: Expr) -> Expr:
+                """Where a tile's weights begin for this lane."""
+                first = (ids.block_x + number * grid) % blocks * ROW_TILES + warp
+                word = long(T.min(first, tiles - 1)) * units * UNIT_WORDS + ids.lane * 4
+                return call("uint64", "bc_pointer", at(w, word))
+
+            address = variable(weights_of(T.int32(0)), "uint64")
+            following = variable(address[0], "uint64")
+
+            def load(place: int, unit: Expr, from_: Expr) -> None:
+                byte = T.cast(unit, "uint64") * T.uint64(UNIT_WORDS * 4)
+                do("bc_load_unit", at(held, place * 4), from_ + byte, T.int32(1))
+
+            for i in range(tile.ahead):
+                load(i, T.min(i, units - 1), address[0])
             do("bc_wait_for_earlier")
 
-            def product(which: int, begins: Expr) -> None:
-                """Start a product; when it returns, the one before is complete."""
-                slot = ring.slot[0]
-                do("bc_barrier_wait", at(full, slot), ring.phase[0])
-                stage = variable(base + slot * tile.stage, "int32")[0]
-                codes = stage + count * UNIT_COLUMNS + warp * (UNIT_WORDS * 4) + ids.lane * 16
-                do("bc_load_shared_unit", at(held, 0), call("uint32", "bc_shared", at(room, codes)))
+            def start(i: int) -> None:
+                """Start the product of a unit."""
+                which = i % 2
                 for t in range(4):
                     for f in range(4):
-                        shifted = T.shift_right(held[t], T.uint32(2 * f))
+                        shifted = T.shift_right(held[i * 4 + t], T.uint32(2 * f))
                         put(a[which], T.bitwise_and(shifted, T.uint32(0x03030303)), t * 4 + f)
-                b = call("uint64", "bc_describe", at(room, stage))
+                do("bc_barrier_wait", at(full, ring.slot[0]), ring.phase[0])
+                b = call("uint64", "bc_describe", at(room, base + ring.slot[0] * tile.stage))
                 do(f"bc_wgmma_{count}", at(acc, 0), at(a[which], 0), b)
-                do("bc_wgmma_wait_last", at(a[1 - which], 0))
-                with when(T.And(begins, ids.lane == 0)):
-                    do("bc_barrier_arrive", at(free, last[0]))
-                put(last, slot)
-                ring.advance()
+
+            def release(slot: Expr, used: Expr) -> None:
+                with when(T.And(used, ids.lane == 0)):
+                    do("bc_barrier_arrive", at(free, slot))
+
+            def load_next(i: int, unit: Expr) -> None:
+                """What comes next in a place: of this tile, or of the next."""
+                inside = unit + tile.ahead < units
+                from_ = T.if_then_else(inside, address[0], following[0])
+                load(i, T.if_then_else(inside, unit + tile.ahead, T.min(i, units - 1)), from_)
 
             with T.serial(mine) as number:
                 place = variable(ids.block_x + number * grid, "int32")[0]
@@ -411,16 +406,30 @@ def wgmma(name: str, tile: Tile) -> Any:
                     put(own_total, read("int32", "bc_load_int", qsum.data, long(m)))
                 common = variable(w_scale[first_n], "float32")[0]
                 other = variable(w_scale[T.min(first_n + ids.thread % ROWS, N - 1)], "float32")[0]
+                with when(number + 1 < mine):
+                    put(following, weights_of(number + 1))
                 with T.unroll(count // 2) as i:
                     put(acc, T.int32(0), i)
-                with T.serial(T.floordiv(units, 2)) as pair:
-                    product(0, pair > 0)
-                    product(1, T.bool(True))
-                with when(units % 2 == 1):
-                    product(0, units > 1)
+                rounds = variable(T.floordiv(units, tile.ahead), "int32")[0]
+                with T.serial(rounds) as turn:
+                    for i in range(tile.ahead):
+                        start(i)
+                        load_next(i, turn * tile.ahead + i)
+                        do("bc_wgmma_wait_last", at(a[1 - i % 2], 0))
+                        release(last[0], turn + i > 0)
+                        put(last, ring.slot[0])
+                        ring.advance()
                 do(f"bc_wgmma_{count}_wait", at(acc, 0))
-                with when(ids.lane == 0):
-                    do("bc_barrier_arrive", at(free, last[0]))
+                release(last[0], rounds > 0)
+                for i in range(tile.ahead - 1):
+                    unit = rounds * tile.ahead + i
+                    with when(unit < units):
+                        start(i)
+                        load_next(i, unit)
+                        do(f"bc_wgmma_{count}_wait", at(acc, 0))
+                        release(ring.slot[0], T.bool(True))
+                        ring.advance()
+                put(address, following[0])
 
                 with when(ids.thread < count):
                     put(scale, own_scale[0], ids.thread)
@@ -467,12 +476,12 @@ def wgmma(name: str, tile: Tile) -> Any:
                         do("bc_store_bulk", y.data, (long(m) * N + first_n) * 2,
                            at(room, out + ids.thread * OUT_PITCH), size)  # fmt: skip
                 with when(T.Or(direct == 0, alike[0] == 0)):
-                    start = variable(T.floordiv(out, 4), "int32")[0]
+                    begin = variable(T.floordiv(out, 4), "int32")[0]
                     part = count // 2
 
                     def results(first: int, by: Callable[[Expr, Expr, int], Expr]) -> None:
                         for half in range(2):
-                            to = variable(start + c * (2 * (ROWS + PAD)) + row + half * 8 + g, "int32")
+                            to = variable(begin + c * (2 * (ROWS + PAD)) + row + half * 8 + g, "int32")
                             for j in range(part // 8):
                                 for e in range(2):
                                     value = acc[(first // 8 + j) * 4 + half * 2 + e]
@@ -485,7 +494,7 @@ def wgmma(name: str, tile: Tile) -> Any:
                         with when(alike[0] == 0):
                             results(first, own_ratio)
                         do("bc_workers")
-                        finish(ids, done, start, first_n, first_m + first, part, WORKERS, residual, y,
+                        finish(ids, done, begin, first_n, first_m + first, part, WORKERS, residual, y,
                                M, N, type_y, has_residual)  # fmt: skip
                         do("bc_workers")
             do("bc_store_bulk_wait")
@@ -496,7 +505,7 @@ def wgmma(name: str, tile: Tile) -> Any:
                 work_on()
             with T.Else():
                 do(f"bc_fewer_registers<{OTHER_REGISTERS}>")
-                with when(warp == WORKERS // 32):
+                with when(ids.thread == WORKERS):
                     bring()
 
     return device_kernel(name, PARAMETERS, HOPPER_THREADS, body)

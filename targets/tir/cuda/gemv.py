@@ -29,13 +29,13 @@ from bitcompile.targets.tir.cuda.rows import FLOAT, gated
 from bitcompile.targets.tir.cuda.tile import TILE_ROWS, TOKEN_UNIT, UNIT_COLUMNS, UNIT_WORDS
 from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, when
 
-MOST_WARPS = 16
+MOST_WARPS = 24
 
 PARAMETERS = [
     ("q", "uint8*"), ("s", "float32*"), ("qsum", "int32*"), ("w", "uint32*"),
     ("w_scale", "float32*"), ("bias", "float32*"), ("residual", "uint8*"), ("y", "uint8*"),
     *((name, "int32") for name in (
-        "N", "units", "tiles", "warps", "turns", "copies", "type_y", "has_bias", "has_residual",
+        "N", "units", "tiles", "warps", "turns", "type_y", "has_bias", "has_residual",
         "activation", "early",
     )),
 ]  # fmt: skip
@@ -68,13 +68,12 @@ def gemv(name: str, slots: int, ahead: int) -> Any:
 
     With two slots and ``activation`` >= 0, a block has a gate tile and its up tile, ``tiles``
     further on; without, two neighbours. Grid: ceil(tiles / slots), or tiles with a gate. ``early``:
-    the kernel before may still run. Threads: 32 * (``warps`` + 1). The last warp scales the sums. ``copies``: 16-byte pieces of the row a
-    thread copies. Dynamic shared memory: the row's units (128 bytes) and ``slots * warps * 16`` sums.
+    the kernel before may still run. Threads: 32 * (``warps`` + 1). The last warp scales the sums. Dynamic shared memory: the row's units (128 bytes) and ``slots * 16`` sums.
     """
 
     def body(ids: Ids, q: Buffer, s: Buffer, qsum: Buffer, w: Buffer, w_scale: Buffer, bias: Buffer,
              residual: Buffer, y: Buffer, N: Expr, units: Expr, tiles: Expr, warps: Expr,
-             turns: Expr, copies: Expr, type_y: Expr, has_bias: Expr, has_residual: Expr,
+             turns: Expr, type_y: Expr, has_bias: Expr, has_residual: Expr,
              activation: Expr, early: Expr) -> None:  # fmt: skip
         memory = dynamic()
         room = view(memory, "int32")
@@ -106,12 +105,8 @@ def gemv(name: str, slots: int, ahead: int) -> Any:
 
         def bring() -> None:
             """The row, and what the last warp needs of the kernel before."""
-            i = variable(ids.thread, "int32")
-            with T.serial(copies):
-                with when(i[0] < units * 8):
-                    byte = T.shift_right(i[0], 3) * TOKEN_UNIT + T.bitwise_and(i[0], 7) * 16
-                    do("bc_copy_async16_near", at(room, i[0] * 4), q.data, byte)
-                put(i, i[0] + warps * 32 + 32)
+            pieces = units * (UNIT_COLUMNS // 16)
+            do("bc_bring_token", at(room, 0), q.data, ids.thread, warps * 32 + 32, pieces)
             with when(warp == warps):
                 put(scale, read("float32", "bc_load", s.data, T.int64(0), FLOAT))
                 put(total, read("int32", "bc_load_int", qsum.data, T.int64(0)))
@@ -138,13 +133,15 @@ def gemv(name: str, slots: int, ahead: int) -> Any:
         stamp(ids, y, N, 1)
         with when(early != 0):
             bring()
+        sums = units * (UNIT_COLUMNS // 4)
+        with when(T.And(warp == warps, lane < slots * TILE_ROWS)):
+            put(room, T.int32(0), sums + lane)
         old = variable(T.uint32(0), "uint32")
         with when(T.And(has_residual != 0, ends)):
             put(old, read("uint32", "bc_load_bits", residual.data, long(row), type_y))
         do("bc_copy_wait")
         barrier()
         stamp(ids, y, N, 2)
-        sums = units * 32
         with when(warp < warps):
             acc = [local(4, "int32") for _ in range(slots)]
             for slot in range(slots):
@@ -156,23 +153,21 @@ def gemv(name: str, slots: int, ahead: int) -> Any:
             )
             start = variable(operand, "uint32")
 
-            def multiply(turn: Expr) -> None:
-                first = turn * warps * ahead
+            place = variable(begin, "int32")
+            with T.serial(turns) as turn:
                 for i in range(ahead):
-                    with when(begin + first + i < units):
-                        do("bc_load_token", at(b, 0), start[0] + T.cast((first + i) * 128, "uint32"))
+                    with when(place[0] + i < units):
+                        do("bc_load_token", at(b, 0), start[0] + T.uint32(i * 128))
                         for slot in range(slots):
                             dot_unit(acc[slot], b, held, (slot * ahead + i) * 4)
-
-            multiply(T.int32(0))
-            with T.serial(turns - 1) as more:
-                load(more + 1)
-                multiply(more + 1)
+                put(place, place[0] + warps * ahead)
+                put(start, start[0] + T.cast(warps * (ahead * 128), "uint32"))
+                load(turn + 1)
             for slot in range(slots):
                 sum_ = lane_row(acc[slot], ids.lane)
-                to = sums + (slot * warps + warp) * TILE_ROWS + ids.lane % 4 * 8
+                to = sums + slot * TILE_ROWS + ids.lane % 4 * 8 + T.floordiv(ids.lane, 4)
                 with when(ids.lane % 4 < 2):
-                    put(room, sum_, to + T.floordiv(ids.lane, 4))
+                    do("bc_add_shared", at(room, to), sum_)
         factor = variable(T.float32(0), "float32")
         with when(warp == warps):
             put(factor, call("float32", "__fdiv_rn", weight[0], scale[0]))
@@ -180,17 +175,8 @@ def gemv(name: str, slots: int, ahead: int) -> Any:
         barrier()
         stamp(ids, y, N, 4)
         with when(warp == warps):
-            acc = variable(-total[0], "int32")
-            team = T.floordiv(lane, TILE_ROWS)
-            step = 2 if slots == 1 else 1  # with one tile, two lanes a row
-            for i in range(MOST_WARPS // step):
-                number = i * step + (team if slots == 1 else 0)
-                from_ = T.min(number, warps - 1) + (0 if slots == 1 else team * warps)
-                part = variable(room[sums + from_ * TILE_ROWS + lane % TILE_ROWS], "int32")
-                put(acc, acc[0] + part[0] * T.cast(number < warps, "int32"))
-            if slots == 1:
-                put(acc, acc[0] + shuffle_xor(acc[0], 16) + total[0])
-            result = variable(T.cast(acc[0], "float32") * factor[0], "float32")
+            whole = room[sums + lane % (slots * TILE_ROWS)] - total[0]
+            result = variable(T.cast(whole, "float32") * factor[0], "float32")
             if slots == 2:
                 other = call(
                     "float32", "__shfl_down_sync", T.uint32(0xFFFFFFFF), result[0], T.int32(16)

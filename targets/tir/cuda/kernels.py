@@ -24,13 +24,13 @@ class DeviceKernel:
 
 
 TILES = (
-    gemm.Tile(tokens=256, stages=4),
-    gemm.Tile(tokens=192, stages=5),
-    gemm.Tile(tokens=128, stages=7),
-    gemm.Tile(tokens=96, stages=8),
-    gemm.Tile(tokens=64, stages=10),
+    gemm.Tile(tokens=256, stages=4, ahead=4),
+    gemm.Tile(tokens=192, stages=6, ahead=4),
+    gemm.Tile(tokens=128, stages=8, ahead=4),
+    gemm.Tile(tokens=96, stages=8, ahead=4),
+    gemm.Tile(tokens=64, stages=12, ahead=4),
 )
-GEMVS = ((1, 5), (1, 2), (1, 4), (1, 3), (1, 7), (2, 5), (2, 2), (2, 4), (2, 3))
+GEMVS = ((1, 5), (1, 2), (1, 4), (1, 3), (1, 7), (2, 5), (2, 2), (2, 4), (1, 1))
 KERNELS = (
     DeviceKernel("bc_rows", rows.rows),
     DeviceKernel("bc_any_rows", rows.any_rows),

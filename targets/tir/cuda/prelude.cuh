@@ -300,10 +300,15 @@ BC_INLINE void bc_copy_async16(void* to, const void* from, int64_t byte) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
                ::"r"(bc_shared(to)), "l"((const char*)from + byte) : "memory");
 }
-/* The same through the L1 cache, for what many blocks of a multiprocessor read. */
-BC_INLINE void bc_copy_async16_near(void* to, const void* from, int byte) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
-               ::"r"(bc_shared(to)), "l"((const char*)from + byte) : "memory");
+/* One token, `pieces` of 16 bytes, from units of eight tokens. Through the L1 cache: many blocks of
+ * a multiprocessor read it. Its own function and a loop, since code costs time where it runs once. */
+static __device__ __noinline__ void bc_bring_token(void* to, const void* from, int first, int stride,
+                                                   int pieces) {
+#pragma unroll 1
+  for (int i = first; i < pieces; i += stride)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
+                 ::"r"(bc_shared(to) + i * 16),
+                   "l"((const char*)from + (i >> 3) * 1024 + (i & 7) * 16) : "memory");
 }
 BC_INLINE void bc_copy_async4(void* to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(bc_shared(to)), "l"(from) : "memory");
