@@ -282,6 +282,7 @@ static int quantise(const bc_gpu *gpu, void *stream, const bc_linear *job, const
                     .K = job->K,
                     .Kp = units_of(job) * UNIT_COLUMNS,
                     .token_groups = to->groups,
+                    .unit_bytes = decode_kind(gpu, job) == 1 ? UNIT_COLUMNS : TOKEN_UNIT,
                     .type = job->type_x,
                     .has_norm = job->gamma != NULL,
                     .activation = job->gate_in,

@@ -120,8 +120,9 @@ def linear(launcher: Launcher, case: Case, norm: bool, extras: bool, **choice: i
     if scratch.numel() > 1:
         groups = -(-case.M // 8) if case.M <= 16 else -(-case.M // 256) * 32
         q, _ = numerics.quantize_activations(normed)
-        same(f"{what}: q", unpack_tokens(scratch, case.M, case.K, groups).float(),
-             torch.from_numpy(q).float())  # fmt: skip
+        plain = scratch[: case.K].view(torch.int8)[None]  # of one token
+        got = plain if case.M == 1 else unpack_tokens(scratch, case.M, case.K, groups)
+        same(f"{what}: q", got.float(), torch.from_numpy(q).float())
     same(what, product.y, case.narrow(y.astype(np.float32)))
 
 

@@ -269,15 +269,18 @@ def wgmma_source(tokens: int) -> str:
         )
     weights = ", ".join(f'"r"(a[{i}])' for i in range(16))
     tiles = ", ".join(f'"l"(b + {2 * t})' for t in range(4))  # 32 bytes, in units of 16
+    kept = ", ".join(f'"+r"(a[{i}])' for i in range(16))
     return f"""
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 BC_INLINE void bc_wgmma_{tokens}(int* d, const uint* a, uint64_t b) {{
   asm volatile("{{\\n.reg .pred p;\\nsetp.eq.u32 p, 0, 0;\\nwgmma.fence.sync.aligned;\\n"
-    {chr(10).join("    " + product for product in products).strip()}
+    {chr(10).join("    " + product for product in products[:-1]).strip()}
+    "wgmma.commit_group.sync.aligned;\\n"
+    {products[-1]}
     "wgmma.commit_group.sync.aligned;\\n}}" : {results} : {weights}, {tiles} : "memory");
 }}
-BC_INLINE void bc_wgmma_{tokens}_wait(int* d) {{
-  asm volatile("wgmma.wait_group.sync.aligned 0;" : {results} :: "memory");
+BC_INLINE void bc_wgmma_{tokens}_wait(int* d, uint* a) {{
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : {results}, {kept} :: "memory");
 }}
 #endif
 """
@@ -301,7 +304,7 @@ class Ring:
 def wgmma(name: str, tile: Tile) -> Any:
     """``y = scaled(W q)``. Grid: as many blocks as work at once; ``blocks``: ceil(N / ROWS).
 
-    A warpgroup unpacks the weights of the next unit while the tensor cores work on the last. With
+    A warpgroup unpacks the weights of a unit while the tensor cores work for the other. With
     ``direct``, 16-bit results of rows that share a scale leave by bulk copies.
     """
     stages, count = tile.stages, tile.tokens
@@ -351,10 +354,10 @@ def wgmma(name: str, tile: Tile) -> Any:
             ring = Ring(stages)
             acc = local(count // 2, "int32")
             held = local(4 * tile.ahead, "uint32")
-            a = [local(16, "uint32") for _ in range(2)]
+            a = local(16, "uint32")
+            group = T.shift_right(warp, 2)
             row = warp * TILE_ROWS  # in the block
             g, c = T.floordiv(ids.lane, 4), ids.lane % 4
-            last = variable(T.int32(0), "int32")
 
             def weights_of(number: Expr) -> Expr:
                 """Where a tile's weights begin for this lane."""
@@ -372,21 +375,27 @@ def wgmma(name: str, tile: Tile) -> Any:
             for i in range(tile.ahead):
                 load(i, T.min(i, units - 1), address[0])
             do("bc_wait_for_earlier")
+            with when(group == 1):
+                do("bc_pass_turn", group)
 
-            def start(i: int) -> None:
-                """Start the product of a unit."""
-                which = i % 2
+            def multiply(i: int, unit: Expr) -> None:
+                """The product of a unit; the other warpgroup unpacks meanwhile."""
                 for t in range(4):
                     for f in range(4):
                         shifted = T.shift_right(held[i * 4 + t], T.uint32(2 * f))
-                        put(a[which], T.bitwise_and(shifted, T.uint32(0x03030303)), t * 4 + f)
-                do("bc_barrier_wait", at(full, ring.slot[0]), ring.phase[0])
-                b = call("uint64", "bc_describe", at(room, base + ring.slot[0] * tile.stage))
-                do(f"bc_wgmma_{count}", at(acc, 0), at(a[which], 0), b)
-
-            def release(slot: Expr, used: Expr) -> None:
-                with when(T.And(used, ids.lane == 0)):
+                        put(a, T.bitwise_and(shifted, T.uint32(0x03030303)), t * 4 + f)
+                slot = ring.slot[0]
+                do("bc_barrier_wait", at(full, slot), ring.phase[0])
+                b = call("uint64", "bc_describe", at(room, base + slot * tile.stage))
+                do("bc_take_turn", group)
+                do(f"bc_wgmma_{count}", at(acc, 0), at(a, 0), b)
+                load_next(i, unit)
+                do("bc_wgmma_wait_last")
+                do("bc_pass_turn", group)
+                do(f"bc_wgmma_{count}_wait", at(acc, 0), at(a, 0))
+                with when(ids.lane == 0):
                     do("bc_barrier_arrive", at(free, slot))
+                ring.advance()
 
             def load_next(i: int, unit: Expr) -> None:
                 """What comes next in a place: of this tile, or of the next."""
@@ -413,22 +422,11 @@ def wgmma(name: str, tile: Tile) -> Any:
                 rounds = variable(T.floordiv(units, tile.ahead), "int32")[0]
                 with T.serial(rounds) as turn:
                     for i in range(tile.ahead):
-                        start(i)
-                        load_next(i, turn * tile.ahead + i)
-                        do("bc_wgmma_wait_last", at(a[1 - i % 2], 0))
-                        release(last[0], turn + i > 0)
-                        put(last, ring.slot[0])
-                        ring.advance()
-                do(f"bc_wgmma_{count}_wait", at(acc, 0))
-                release(last[0], rounds > 0)
+                        multiply(i, turn * tile.ahead + i)
                 for i in range(tile.ahead - 1):
                     unit = rounds * tile.ahead + i
                     with when(unit < units):
-                        start(i)
-                        load_next(i, unit)
-                        do(f"bc_wgmma_{count}_wait", at(acc, 0))
-                        release(ring.slot[0], T.bool(True))
-                        ring.advance()
+                        multiply(i, unit)
                 put(address, following[0])
 
                 with when(ids.thread < count):

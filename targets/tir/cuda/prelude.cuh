@@ -300,7 +300,7 @@ BC_INLINE void bc_copy_async16(void* to, const void* from, int64_t byte) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
                ::"r"(bc_shared(to)), "l"((const char*)from + byte) : "memory");
 }
-/* One token, `pieces` of 16 bytes, from units of eight tokens. Through the L1 cache: many blocks of
+/* One token, `pieces` of 16 bytes. Through the L1 cache: many blocks of
  * a multiprocessor read it. Its own function and a loop, since code costs time where it runs once. */
 static __device__ __noinline__ void bc_bring_token(void* to, const void* from, int first, int stride,
                                                    int pieces) {
@@ -308,7 +308,7 @@ static __device__ __noinline__ void bc_bring_token(void* to, const void* from, i
   for (int i = first; i < pieces; i += stride)
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
                  ::"r"(bc_shared(to) + i * 16),
-                   "l"((const char*)from + (i >> 3) * 1024 + (i & 7) * 16) : "memory");
+                   "l"((const char*)from + i * 16) : "memory");
 }
 BC_INLINE void bc_copy_async4(void* to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(bc_shared(to)), "l"(from) : "memory");
@@ -385,13 +385,15 @@ BC_INLINE int bc_agree(int holds) {
 }
 /* Bytes from p to the next multiple of 1024 in shared memory. */
 BC_INLINE int bc_to_kilobyte(const void* p) { return (int)(-bc_shared(p) & 1023); }
-/* Ends all products but the last, and with them the use of their operands. */
-BC_INLINE void bc_wgmma_wait_last(uint* a) {
-  asm volatile("wgmma.wait_group.sync.aligned 1;"
-               : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]), "+r"(a[4]), "+r"(a[5]), "+r"(a[6]),
-                 "+r"(a[7]), "+r"(a[8]), "+r"(a[9]), "+r"(a[10]), "+r"(a[11]), "+r"(a[12]),
-                 "+r"(a[13]), "+r"(a[14]), "+r"(a[15])::"memory");
+/* One warpgroup after the other has the tensor cores: wait for the own turn, give the other one its. */
+BC_INLINE void bc_take_turn(int group) {
+  asm volatile("barrier.sync %0, 256;" ::"r"(2 + group) : "memory");
 }
+BC_INLINE void bc_pass_turn(int group) {
+  asm volatile("barrier.arrive %0, 256;" ::"r"(3 - group) : "memory");
+}
+/* Ends all groups of products but the last. */
+BC_INLINE void bc_wgmma_wait_last() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
 /* Operand B in shared memory: rows of 128 bytes in the 128-byte swizzle, 8 rows a kilobyte. */
 BC_INLINE uint64_t bc_describe(const void* p) {
   return (uint64_t)(bc_shared(p) >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
