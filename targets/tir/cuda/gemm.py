@@ -2,8 +2,9 @@
 
 Two schedules read the same weights and activations. ``gemm``: ``mma.sync`` (sm_80 and later),
 tokens by asynchronous copies, weights from registers. ``wgmma`` (sm_90a): a block makes one tile
-after the other; one thread brings tokens by bulk copies, two warpgroups load and unpack weights into registers
-and multiply with tokens in shared memory, and results leave while the next tile is made.
+after the other; one thread brings tokens by bulk copies, two warpgroups load weights, unpack them into shared
+memory and multiply, and results leave while the next tile is made. (From registers each product of
+64 rows takes some 60 cycles more.)
 """
 
 from __future__ import annotations
@@ -222,6 +223,10 @@ WORKERS = 256
 HOPPER_THREADS = WORKERS + 128
 WORKER_REGISTERS, OTHER_REGISTERS = 240, 24
 """Of a thread: the three warpgroups start with 168 each; the last gives up what the others take."""
+UNPACKED = ROWS * UNIT_COLUMNS
+"""Bytes of a unit of the block's weights as int8."""
+PLACES = 3
+"""For such units: one that a warp writes, one that others may still write, one in use."""
 OUT_PITCH = 2 * ROWS + 16
 """Bytes between tokens of a finished tile of 16-bit values: no bank conflicts."""
 
@@ -248,11 +253,11 @@ class Tile:
 
     @property
     def shared(self) -> int:
-        """Bytes of dynamic shared memory: to align, stages, the finished tile.
+        """Bytes of dynamic shared memory: to align, stages, int8 weights, the finished tile.
 
         Of a tile that is not of 16-bit values, half is in there at a time, in float32.
         """
-        return 1024 + self.stages * self.stage + self.tokens * OUT_PITCH
+        return 1024 + self.stages * self.stage + PLACES * UNPACKED + self.tokens * OUT_PITCH
 
 
 def wgmma_source(tokens: int) -> str:
@@ -260,27 +265,21 @@ def wgmma_source(tokens: int) -> str:
     n = tokens // 2
     results = ", ".join(f'"+r"(d[{i}])' for i in range(n))
     names = ", ".join(f"%{i}" for i in range(n))
-    products = []
-    for t in range(4):
-        a = ", ".join(f"%{n + 4 * t + i}" for i in range(4))
-        products.append(
-            f'"wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.s8.s8 {{{names}}}, {{{a}}}, '
-            f'%{n + 16 + t}, p;\\n"'
-        )
-    weights = ", ".join(f'"r"(a[{i}])' for i in range(16))
-    tiles = ", ".join(f'"l"(b + {2 * t})' for t in range(4))  # 32 bytes, in units of 16
-    kept = ", ".join(f'"+r"(a[{i}])' for i in range(16))
+    products = "\n".join(
+        f'    "wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.s8.s8 {{{names}}}, '
+        f'%{n + t}, %{n + 4 + t}, p;\\n"'
+        for t in range(4)
+    )
+    operands = ", ".join(f'"l"({x} + {2 * t})' for x in "ab" for t in range(4))  # of 16 bytes
     return f"""
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-BC_INLINE void bc_wgmma_{tokens}(int* d, const uint* a, uint64_t b) {{
+BC_INLINE void bc_wgmma_{tokens}(int* d, uint64_t a, uint64_t b) {{
   asm volatile("{{\\n.reg .pred p;\\nsetp.eq.u32 p, 0, 0;\\nwgmma.fence.sync.aligned;\\n"
-    {chr(10).join("    " + product for product in products[:-1]).strip()}
-    "wgmma.commit_group.sync.aligned;\\n"
-    {products[-1]}
-    "wgmma.commit_group.sync.aligned;\\n}}" : {results} : {weights}, {tiles} : "memory");
+{products}
+    "wgmma.commit_group.sync.aligned;\\n}}" : {results} : {operands} : "memory");
 }}
-BC_INLINE void bc_wgmma_{tokens}_wait(int* d, uint* a) {{
-  asm volatile("wgmma.wait_group.sync.aligned 0;" : {results}, {kept} :: "memory");
+BC_INLINE void bc_wgmma_{tokens}_wait(int* d) {{
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : {results} :: "memory");
 }}
 #endif
 """
@@ -304,7 +303,7 @@ class Ring:
 def wgmma(name: str, tile: Tile) -> Any:
     """``y = scaled(W q)``. Grid: as many blocks as work at once; ``blocks``: ceil(N / ROWS).
 
-    A warpgroup unpacks the weights of a unit while the tensor cores work for the other. With
+    A warpgroup unpacks the weights of a unit while the tensor cores work on the last. With
     ``direct``, 16-bit results of rows that share a scale leave by bulk copies.
     """
     stages, count = tile.stages, tile.tokens
@@ -322,7 +321,8 @@ def wgmma(name: str, tile: Tile) -> Any:
         warp = variable(
             call("int32", "__shfl_sync", T.uint32(0xFFFFFFFF), ids.warp, T.int32(0)), "int32"
         )[0]
-        out = base + stages * tile.stage
+        unpacked = base + stages * tile.stage
+        out = unpacked + PLACES * UNPACKED
         grid = variable(read("int32", "bc_grid"), "int32")[0]
         work = blocks * T.floordiv(M + (count - 1), count)
         mine = variable(T.floordiv(work - ids.block_x + grid - 1, grid), "int32")[0]
@@ -354,8 +354,8 @@ def wgmma(name: str, tile: Tile) -> Any:
             ring = Ring(stages)
             acc = local(count // 2, "int32")
             held = local(4 * tile.ahead, "uint32")
-            a = local(16, "uint32")
             group = T.shift_right(warp, 2)
+            last = variable(T.int32(0), "int32")
             row = warp * TILE_ROWS  # in the block
             g, c = T.floordiv(ids.lane, 4), ids.lane % 4
 
@@ -375,27 +375,34 @@ def wgmma(name: str, tile: Tile) -> Any:
             for i in range(tile.ahead):
                 load(i, T.min(i, units - 1), address[0])
             do("bc_wait_for_earlier")
-            with when(group == 1):
-                do("bc_pass_turn", group)
+
+            # Where a lane's four bytes of column 0 go: rows of 128 bytes in the 128-byte swizzle.
+            at_row = unpacked + (row + g) * UNIT_COLUMNS + c * 4
+            own_row = variable(call("uint32", "bc_shared", at(room, at_row)), "uint32")[0]
+            shift = variable(T.int32(0), "int32")
+            own_group = variable(unpacked + group * (UNPACKED // 2), "int32")[0]
 
             def multiply(i: int, unit: Expr) -> None:
-                """The product of a unit; the other warpgroup unpacks meanwhile."""
+                """Unpack a unit while the one before is multiplied, then start it."""
+                to = own_row + T.cast(shift[0], "uint32")
                 for t in range(4):
-                    for f in range(4):
-                        shifted = T.shift_right(held[i * 4 + t], T.uint32(2 * f))
-                        put(a, T.bitwise_and(shifted, T.uint32(0x03030303)), t * 4 + f)
+                    do("bc_unpack", to, held[i * 4 + t], 2 * t, g)
+                load_next(i, unit)
+                do("bc_proxy_fence")
+                do("bc_warpgroup", group)
                 slot = ring.slot[0]
                 do("bc_barrier_wait", at(full, slot), ring.phase[0])
+                a = call("uint64", "bc_describe", at(room, own_group + shift[0]))
                 b = call("uint64", "bc_describe", at(room, base + slot * tile.stage))
-                do("bc_take_turn", group)
-                do(f"bc_wgmma_{count}", at(acc, 0), at(a, 0), b)
-                load_next(i, unit)
+                do(f"bc_wgmma_{count}", at(acc, 0), a, b)
                 do("bc_wgmma_wait_last")
-                do("bc_pass_turn", group)
-                do(f"bc_wgmma_{count}_wait", at(acc, 0), at(a, 0))
-                with when(ids.lane == 0):
-                    do("bc_barrier_arrive", at(free, slot))
+                with when(T.And(unit > 0, ids.lane == 0)):
+                    do("bc_barrier_arrive", at(free, last[0]))
+                put(last, slot)
                 ring.advance()
+                put(shift, shift[0] + UNPACKED)
+                with when(shift[0] == PLACES * UNPACKED):
+                    put(shift, T.int32(0))
 
             def load_next(i: int, unit: Expr) -> None:
                 """What comes next in a place: of this tile, or of the next."""
@@ -427,6 +434,9 @@ def wgmma(name: str, tile: Tile) -> Any:
                     unit = rounds * tile.ahead + i
                     with when(unit < units):
                         multiply(i, unit)
+                do(f"bc_wgmma_{count}_wait", at(acc, 0))
+                with when(ids.lane == 0):
+                    do("bc_barrier_arrive", at(free, last[0]))
                 put(address, following[0])
 
                 with when(ids.thread < count):

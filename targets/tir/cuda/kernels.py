@@ -24,10 +24,10 @@ class DeviceKernel:
 
 
 TILES = (
-    gemm.Tile(tokens=256, stages=4, ahead=4),
-    gemm.Tile(tokens=192, stages=6, ahead=4),
+    gemm.Tile(tokens=256, stages=3, ahead=4),
+    gemm.Tile(tokens=192, stages=5, ahead=4),
     gemm.Tile(tokens=128, stages=8, ahead=4),
-    gemm.Tile(tokens=96, stages=8, ahead=4),
+    gemm.Tile(tokens=96, stages=10, ahead=4),
     gemm.Tile(tokens=64, stages=12, ahead=4),
 )
 GEMVS = ((1, 5), (1, 2), (1, 4), (1, 3), (1, 7), (2, 5), (2, 2), (2, 4), (1, 1))

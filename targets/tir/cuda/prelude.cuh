@@ -385,12 +385,17 @@ BC_INLINE int bc_agree(int holds) {
 }
 /* Bytes from p to the next multiple of 1024 in shared memory. */
 BC_INLINE int bc_to_kilobyte(const void* p) { return (int)(-bc_shared(p) & 1023); }
-/* One warpgroup after the other has the tensor cores: wait for the own turn, give the other one its. */
-BC_INLINE void bc_take_turn(int group) {
-  asm volatile("barrier.sync %0, 256;" ::"r"(2 + group) : "memory");
+/* A barrier of one of the two warpgroups. */
+BC_INLINE void bc_warpgroup(int group) {
+  asm volatile("barrier.sync %0, 128;" ::"r"(2 + group) : "memory");
 }
-BC_INLINE void bc_pass_turn(int group) {
-  asm volatile("barrier.arrive %0, 256;" ::"r"(3 - group) : "memory");
+/* A lane's 16 weights of 32 columns as int8: rows g and g + 8, pieces p and p + 1 of 16 columns. */
+BC_INLINE void bc_unpack(uint address, uint w, int p, int g) {
+  uint first = address + ((p ^ g) << 4), second = address + (((p + 1) ^ g) << 4);
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(first), "r"(w & 0x03030303u) : "memory");
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(first + 1024), "r"(w >> 2 & 0x03030303u) : "memory");
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(second), "r"(w >> 4 & 0x03030303u) : "memory");
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(second + 1024), "r"(w >> 6 & 0x03030303u) : "memory");
 }
 /* Ends all groups of products but the last. */
 BC_INLINE void bc_wgmma_wait_last() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
