@@ -209,7 +209,7 @@ static int aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
 enum { FUSED = -1 };
 
 static const struct Gemv {
-  int kernel, slots, ahead;
+  int kernel, ahead, extras;
 } gemvs[] = {BC_GEMVS};
 
 static int32_t gemv_warps(const bc_linear *job, const struct Gemv *v) {
@@ -217,13 +217,12 @@ static int32_t gemv_warps(const bc_linear *job, const struct Gemv *v) {
 }
 
 static const struct Gemv *choose_gemv(const bc_linear *job) {
-  if (job->tile > 0) return &gemvs[job->tile - 1];
-  return &gemvs[job->gate_out >= 0 ? 7 : 0];
+  int extras = job->bias || job->residual;
+  return &gemvs[(job->tile > 0 ? 2 * (job->tile - 1) : 0) + extras];
 }
 
 static int64_t gemv_shared(const bc_linear *job) {
-  const struct Gemv *v = choose_gemv(job);
-  return (int64_t)units_of(job) * UNIT_COLUMNS + 4 * (int64_t)v->slots * TILE_ROWS;
+  return (int64_t)units_of(job) * UNIT_COLUMNS + 4 * TILE_ROWS;
 }
 
 /* How a job with few tokens is done: FUSED, or its tokens; 0 if it takes a gemm. */
@@ -233,7 +232,7 @@ static int decode_kind(const bc_gpu *gpu, const bc_linear *job) {
   if (alone && job->K % 4 == 0 && job->K <= BC_FUSED_LONGEST && aligned(job->x) &&
       aligned(job->gamma) && fused_shared(gpu, job) <= room)
     return FUSED;
-  if (job->M == 1 && gemv_shared(job) <= room) return 1;
+  if (job->M == 1 && job->gate_out < 0 && gemv_shared(job) <= room) return 1;
   for (int tokens = 8; tokens <= 16; tokens += 8)
     if (job->M <= tokens && decode_shared(gpu, job, tokens) <= room) return tokens;
   return 0;
@@ -293,7 +292,15 @@ static int quantise(const bc_gpu *gpu, void *stream, const bc_linear *job, const
                 fast ? room : 0, (void *[])BC_ROWS_ARGS(a), job->early);
 }
 
+static const struct Fused {
+  int kernel, turns, wide, gate;
+} fused_ways[] = {BC_FUSED_WAYS};
+
 static int fused(const bc_gpu *gpu, void *stream, const bc_linear *job) {
+  const struct Fused *way = fused_ways;
+  while (way->turns * BC_FUSED_TURN < job->K || way->wide != (job->type_x == FLOAT) ||
+         way->gate != (job->gate_out >= 0))
+    way++;
   int32_t tiles = (int32_t)ceil_div(job->N, TILE_ROWS), step = step_of(gpu, job);
   bc_fused_args a = {.x = job->x,
                      .gamma = job->gamma,
@@ -307,7 +314,6 @@ static int fused(const bc_gpu *gpu, void *stream, const bc_linear *job) {
                      .units = units_of(job),
                      .tiles = tiles,
                      .step = step,
-                     .pairs = pairs_of(job),
                      .held = fused_held(gpu, job),
                      .type_x = job->type_x,
                      .type_y = job->type_y,
@@ -316,7 +322,7 @@ static int fused(const bc_gpu *gpu, void *stream, const bc_linear *job) {
                      .has_residual = job->residual != NULL,
                      .activation = job->gate_out,
                      .eps = job->eps};
-  return launch(gpu, stream, BC_FUSED, ceil_div(tiles, step), 1, BC_FUSED_WARPS * 32,
+  return launch(gpu, stream, way->kernel, ceil_div(tiles, step), 1, BC_FUSED_WARPS * 32,
                 fused_shared(gpu, job), (void *[])BC_FUSED_ARGS(a), job->early);
 }
 
@@ -333,16 +339,13 @@ static int gemv(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tok
                     .y = job->y,
                     .N = job->N,
                     .units = units_of(job),
-                    .tiles = tiles,
                     .warps = warps,
                     .turns = (int32_t)ceil_div(units_of(job), (int64_t)warps * v->ahead),
                     .type_y = job->type_y,
                     .has_bias = job->bias != NULL,
                     .has_residual = job->residual != NULL,
-                    .activation = job->gate_out,
                     .early = job->early && gpu->major >= 9};
-  int64_t blocks = job->gate_out >= 0 ? tiles : ceil_div(tiles, v->slots);
-  return launch(gpu, stream, v->kernel, blocks, 1, (warps + 1) * 32, gemv_shared(job),
+  return launch(gpu, stream, v->kernel, tiles, 1, (warps + 1) * 32, gemv_shared(job),
                 (void *[])BC_GEMV_ARGS(a), job->early);
 }
 

@@ -34,7 +34,7 @@ def carry(folder: Path, arch: str | None = None) -> None:
             shutil.copy(source / name, target / name)
     for package in ("bitcompile", "tests"):
         (folder / package / "__init__.py").write_text("")
-    variants = {"tiles": [t.tokens for t in TILES], "gemvs": GEMVS}
+    variants = {"tiles": [t.tokens for t in TILES], "gemvs": [ahead for ahead, extras in GEMVS if extras]}
     (folder / "tests" / "gpu" / "variants.json").write_text(json.dumps(variants))
     build = folder / "build"
     build.mkdir(exist_ok=True)

@@ -117,6 +117,13 @@ def shuffle_xor(value: Expr, distance: int) -> Expr:
     return T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), value, distance, 32, 32)
 
 
+@contextmanager
+def rolled(count: Expr) -> Iterator[Expr]:
+    """A loop that the compiler leaves one."""
+    with T.serial(count, annotations={"disable_unroll": True}) as i:
+        yield i
+
+
 STAMPS = bool(os.environ.get("BC_STAMPS"))
 
 

@@ -1,5 +1,7 @@
 """One row from activations to result in one kernel: norm, quantise, multiply.
 
+Kernels are many and loops stay loops: a kernel of a few microseconds waits for its own code.
+
 Each block norms and quantises the row by itself, so a multiprocessor should have one. Weights land
 in shared memory meanwhile, and with programmatic dependent launch they are on their way before the
 kernel before has ended. A block takes some row tiles; their units, in the order they lie in memory,
@@ -22,6 +24,7 @@ from bitcompile.targets.tir.cuda.device import (
     long,
     put,
     read,
+    rolled,
     shared,
     shuffle_xor,
     stamp,
@@ -44,15 +47,15 @@ WARPS = 16
 THREADS = 32 * WARPS
 AHEAD = 8
 """Units of weights a warp has under way."""
-LONGEST = THREADS * 16
-"""A thread keeps up to 16 values of the row."""
+TURNS = (2, 4)
+"""Words of four values that a thread keeps of the row, by the kernel: rows of up to 4096 or 8192."""
 STEP_WORDS = UNIT_COLUMNS // 4
 
 PARAMETERS = [
     ("x", "uint8*"), ("gamma", "float32*"), ("w", "uint32*"), ("w_scale", "float32*"),
     ("bias", "float32*"), ("residual", "uint8*"), ("y", "uint8*"),
     *((name, "int32") for name in (
-        "N", "K", "units", "tiles", "step", "pairs", "held", "type_x", "type_y", "has_norm",
+        "N", "K", "units", "tiles", "step", "held", "type_x", "type_y", "has_norm",
         "has_bias", "has_residual", "activation",
     )),
     ("eps", "float32"),
@@ -93,18 +96,20 @@ def ordered_squares(squares: Buffer, start: Expr, count: Expr, lane: Expr) -> Ex
     return sums[0][0] + sums[1][0]
 
 
-def fused(name: str) -> Any:
-    """``y = scaled(W quantise(norm(x)))`` for one row of at most LONGEST values, a multiple of 4.
+def fused(name: str, turns: int, wide: bool, gate: bool) -> Any:
+    """``y = scaled(W quantise(norm(x)))`` for one row of ``2048 * turns`` values at most.
 
-    ``W``: units ``[tiles, units]``; ``y`` ``[N]`` of ``type_y``, plus bias ``[N]`` and residual
-    like y. With ``pairs`` 2, rows n and N + n of W give ``act(gate) * up``. Grid: blocks of
+    Their number is a multiple of 4; ``wide``: they are float32, else of a 16-bit type. ``W``: units
+    ``[tiles, units]``; ``y`` ``[N]`` of ``type_y``, plus bias ``[N]`` and residual like y. With
+    ``gate``, rows n and N + n of W give ``act(gate) * up``. Grid: blocks of
     ``step`` tiles. Dynamic shared memory: ``fused_shared`` in ``cuda_launch.c``.
     """
 
     def body(ids: Ids, x: Buffer, gamma: Buffer, w: Buffer, w_scale: Buffer, bias: Buffer,
              residual: Buffer, y: Buffer, N: Expr, K: Expr, units: Expr, tiles: Expr, step: Expr,
-             pairs: Expr, held: Expr, type_x: Expr, type_y: Expr, has_norm: Expr, has_bias: Expr,
+             held: Expr, type_x: Expr, type_y: Expr, has_norm: Expr, has_bias: Expr,
              has_residual: Expr, activation: Expr, eps: Expr) -> None:  # fmt: skip
+        pairs = 2 if gate else 1
         memory = dynamic()
         room, values = view(memory, "int32"), view(memory, "float32")
         norm, most = shared(1, "float32"), shared(WARPS, "int32")
@@ -125,37 +130,39 @@ def fused(name: str) -> Any:
         warp = variable(
             call("int32", "__shfl_sync", T.uint32(0xFFFFFFFF), ids.warp, T.int32(0)), "int32"
         )[0]
-        paired = T.cast(pairs == 2, "int32")
-        shift = WARPS.bit_length() - 1 - paired  # the warps of a team, as a power of two
-        pair = T.shift_right(warp, shift)
+        team = WARPS // pairs
+        pair = T.floordiv(warp, team)
         whole = count * units
-        run = T.shift_right(whole + (WARPS - 1 - paired * (WARPS // 2)), shift)
-        begin = variable((warp - T.shift_left(pair, shift)) * run, "int32")
-        left = variable(T.min(run, whole - begin[0]), "int32")
+        run = T.floordiv(whole + (team - 1), team)
+        begin = variable(warp % team * run, "int32")
+        left = variable(T.min(run, whole - begin[0]), "int32")[0]
         word = long((base + pair * tiles) * units + begin[0]) * UNIT_WORDS + ids.lane * 4
         address = variable(call("uint64", "bc_pointer", at(w, word)), "uint64")
         landing = call(
             "uint32", "bc_shared", at(room, warp * held * UNIT_WORDS + ids.lane * 4)
         )
-        ring = variable(landing, "uint32")
+        ring = variable(landing, "uint32")[0]
 
-        def load(unit: int, place: int) -> None:
-            wanted = T.cast(left[0] > unit, "int32")
-            to = ring[0] + T.uint32(place * UNIT_WORDS * 4)
-            do("bc_copy_unit", to, address[0] + T.uint64(unit * UNIT_WORDS * 4), wanted)
+        def load(unit: Expr, place: Expr) -> None:
+            wanted = T.cast(unit < left, "int32")
+            byte = T.cast(unit, "uint64") * T.uint64(UNIT_WORDS * 4)
+            to = ring + T.cast(place * (UNIT_WORDS * 4), "uint32")
+            do("bc_copy_unit", to, address[0] + byte, wanted)
             do("bc_copy_commit")
 
-        with when(has_norm != 0), T.serial(T.floordiv(words + (THREADS - 1), THREADS)) as turn:
-            word = turn * THREADS + ids.thread
-            with when(word < words):
-                do("bc_copy_async16", at(values, gamma_at + word * 4), gamma.data, long(word) * 16)
+        with when(has_norm != 0):
+            for turn in range(turns):
+                word = turn * THREADS + ids.thread
+                with when(word < words):
+                    do("bc_copy_async16", at(values, gamma_at + word * 4), gamma.data,
+                       long(word) * 16)  # fmt: skip
         with when(ids.thread < slots):
             second = T.cast(ids.thread >= rows, "int32")
             n = base * TILE_ROWS + ids.thread - second * rows
-            with when(T.And(n < N, second < pairs)):
+            with when(n < N):
                 do("bc_copy_async4", at(values, scales + ids.thread), at(w_scale, second * N + n))
         do("bc_copy_commit")
-        for i in range(AHEAD):
+        with rolled(AHEAD) as i:
             load(i, i)
         do("bc_let_next_start")
         stamp(ids, y, N, 0)
@@ -172,13 +179,17 @@ def fused(name: str) -> Any:
         n = base * TILE_ROWS + own
         ends = T.And(own < rows, n < N)
         old = variable(T.uint32(0), "uint32")
-        row = local(16, "float32")
-        do("bc_load_row4", at(row, 0), x.data, T.int64(0), ids.thread, THREADS, words, type_x)
+        row = local(4 * turns, "float32")
+        place = x.data, T.int64(0), ids.thread, THREADS, words
+        if wide:
+            do(f"bc_load_wide<{turns}>", at(row, 0), *place)
+        else:
+            do(f"bc_load_narrow<{turns}>", at(row, 0), *place, type_x)
         with when(T.And(has_residual != 0, ends)):
             put(old, read("uint32", "bc_load_bits", residual.data, long(n), type_y))
         four = local(4, "float32")
         with when(has_norm != 0):
-            for turn in range(4):
+            for turn in range(turns):
                 word = turn * THREADS + ids.thread
                 with when(word < filled):
                     for j in range(4):
@@ -193,14 +204,14 @@ def fused(name: str) -> Any:
             stamp(ids, y, N, 3)
             barrier()
             rstd = norm[0]
-            for turn in range(4):
+            for turn in range(turns):
                 word = turn * THREADS + ids.thread
                 with when(word < words):
                     do("bc_load_shared4", at(four, 0), at(values, gamma_at + word * 4))
                     for j in range(4):
                         put(row, (row[turn * 4 + j] * rstd) * four[j], turn * 4 + j)
         bits = variable(T.int32(0), "int32")
-        for i in range(16):
+        for i in range(4 * turns):
             put(bits, T.max(bits[0], magnitude(row[i])))
         put(bits, call("int32", "__reduce_max_sync", T.uint32(0xFFFFFFFF), bits[0]))
         with when(ids.lane == 0):
@@ -212,7 +223,7 @@ def fused(name: str) -> Any:
         put(bits, call("int32", "__reduce_max_sync", T.uint32(0xFFFFFFFF), bits[0]))
         scale, kept = row_scale(bits[0])
         part = variable(T.int32(0), "int32")
-        for turn in range(4):
+        for turn in range(turns):
             word = turn * THREADS + ids.thread
             with when(word < row_words):
                 packed = variable(
@@ -228,7 +239,7 @@ def fused(name: str) -> Any:
         factors = [variable(T.float32(0), "float32") for _ in range(2)]
         with when(ends):
             put(factors[0], call("float32", "__fdiv_rn", values[scales + own], kept))
-            with when(pairs == 2):
+            if gate:
                 put(factors[1], call("float32", "__fdiv_rn", values[scales + rows + own], kept))
 
         acc = local(4, "int32")
@@ -249,28 +260,25 @@ def fused(name: str) -> Any:
         clear()
         first = call("uint32", "bc_shared", at(room, row_at + T.floordiv(ids.lane, 8) * 4))
         operand = variable(first + T.cast(column[0] * UNIT_COLUMNS, "uint32"), "uint32")
-        started = variable(T.cast(left[0] > 0, "int32"), "int32")
-        turns = variable(T.floordiv(left[0] + (AHEAD - 1), AHEAD), "int32")
-        with T.serial(turns[0]):
-            for i in range(AHEAD):
-                do(f"bc_copy_wait_but<{AHEAD - 1}>")
-                with when(left[0] > i):
-                    to = ring[0] + T.uint32(i * UNIT_WORDS * 4)
-                    do("bc_load_shared_unit", at(four_words, 0), to)
-                    do("bc_load_token", at(b, 0), operand[0])
-                    put(operand, operand[0] + T.uint32(UNIT_COLUMNS))
-                    dot_unit(acc, b, four_words, 0)
-                    put(column, column[0] + 1)
-                    with when(column[0] == units):
-                        add_up()
-                        put(column, T.int32(0))
-                        put(slot, slot[0] + 1)
-                        put(operand, operand[0] - T.cast(units * UNIT_COLUMNS, "uint32"))
-                load(i + AHEAD, i)
-            put(left, left[0] - AHEAD)
-            put(address, address[0] + T.uint64(AHEAD * UNIT_WORDS * 4))
-        with when(T.And(started[0] != 0, column[0] > 0)):
-            add_up()
+        slot_of = variable(T.int32(0), "int32")
+        with rolled(left) as unit:
+            do(f"bc_copy_wait_but<{AHEAD - 1}>")
+            do("bc_load_shared_unit", at(four_words, 0),
+               ring + T.cast(slot_of[0] * (UNIT_WORDS * 4), "uint32"))  # fmt: skip
+            do("bc_load_token", at(b, 0), operand[0])
+            put(operand, operand[0] + T.uint32(UNIT_COLUMNS))
+            dot_unit(acc, b, four_words, 0)
+            put(column, column[0] + 1)
+            with when(T.Or(column[0] == units, unit + 1 == left)):
+                add_up()
+            with when(column[0] == units):
+                put(column, T.int32(0))
+                put(slot, slot[0] + 1)
+                put(operand, operand[0] - T.cast(units * UNIT_COLUMNS, "uint32"))
+            load(unit + AHEAD, slot_of[0])
+            put(slot_of, slot_of[0] + 1)
+            with when(slot_of[0] == AHEAD):
+                put(slot_of, T.int32(0))
         stamp(ids, y, N, 6)
         barrier()
         stamp(ids, y, N, 7)
@@ -282,7 +290,7 @@ def fused(name: str) -> Any:
                 return variable(T.cast(whole, "float32") * factor, "float32")[0]
 
             result = variable(product(own, factors[0][0]), "float32")
-            with when(pairs == 2):
+            if gate:
                 put(result, gated(activation, result[0], product(rows + own, factors[1][0])))
             with when(has_bias != 0):
                 put(result, result[0] + bias[n])

@@ -2,9 +2,8 @@
 
 Two schedules read the same weights and activations. ``gemm``: ``mma.sync`` (sm_80 and later),
 tokens by asynchronous copies, weights from registers. ``wgmma`` (sm_90a): a block makes one tile
-after the other; one thread brings tokens by bulk copies, two warpgroups load weights, unpack them into shared
-memory and multiply, and results leave while the next tile is made. (From registers each product of
-64 rows takes some 60 cycles more.)
+after the other; one warpgroup unpacks weights into shared memory and copies tokens there, two multiply, and
+results leave while the next tile is made.
 """
 
 from __future__ import annotations
@@ -219,14 +218,16 @@ def gemm(name: str) -> Any:
 # --- wgmma ----------------------------------------------------------------------------------------
 
 WORKERS = 256
-"""Two warpgroups of 64 rows each; a warp of a third brings the operands."""
+"""Two warpgroups of 64 rows each; a third brings the operands."""
 HOPPER_THREADS = WORKERS + 128
-WORKER_REGISTERS, OTHER_REGISTERS = 240, 24
+WORKER_REGISTERS, OTHER_REGISTERS = 216, 72
 """Of a thread: the three warpgroups start with 168 each; the last gives up what the others take."""
 UNPACKED = ROWS * UNIT_COLUMNS
 """Bytes of a unit of the block's weights as int8."""
-PLACES = 3
-"""For such units: one that a warp writes, one that others may still write, one in use."""
+AHEAD = 4
+"""Units of weights that a warp loads before it unpacks them."""
+PAIR = 2
+"""Row tiles of a warp that unpacks."""
 OUT_PITCH = 2 * ROWS + 16
 """Bytes between tokens of a finished tile of 16-bit values: no bank conflicts."""
 
@@ -237,9 +238,7 @@ class Tile:
 
     tokens: int
     stages: int
-    """Units of tokens under way or in use."""
-    ahead: int
-    """Units of weights that a warp has under way, an even number."""
+    """Units of tokens and weights under way or in use."""
 
     @property
     def name(self) -> str:
@@ -248,16 +247,16 @@ class Tile:
 
     @property
     def stage(self) -> int:
-        """Bytes of a stage."""
-        return self.tokens * UNIT_COLUMNS
+        """Bytes of a stage: tokens, then weights as int8."""
+        return self.tokens * UNIT_COLUMNS + UNPACKED
 
     @property
     def shared(self) -> int:
-        """Bytes of dynamic shared memory: to align, stages, int8 weights, the finished tile.
+        """Bytes of dynamic shared memory: to align, stages, the finished tile.
 
         Of a tile that is not of 16-bit values, half is in there at a time, in float32.
         """
-        return 1024 + self.stages * self.stage + PLACES * UNPACKED + self.tokens * OUT_PITCH
+        return 1024 + self.stages * self.stage + self.tokens * OUT_PITCH
 
 
 def wgmma_source(tokens: int) -> str:
@@ -303,8 +302,7 @@ class Ring:
 def wgmma(name: str, tile: Tile) -> Any:
     """``y = scaled(W q)``. Grid: as many blocks as work at once; ``blocks``: ceil(N / ROWS).
 
-    A warpgroup unpacks the weights of a unit while the tensor cores work on the last. With
-    ``direct``, 16-bit results of rows that share a scale leave by bulk copies.
+    With ``direct``, 16-bit results of rows that share a scale leave by bulk copies.
     """
     stages, count = tile.stages, tile.tokens
 
@@ -321,78 +319,101 @@ def wgmma(name: str, tile: Tile) -> Any:
         warp = variable(
             call("int32", "__shfl_sync", T.uint32(0xFFFFFFFF), ids.warp, T.int32(0)), "int32"
         )[0]
-        unpacked = base + stages * tile.stage
-        out = unpacked + PLACES * UNPACKED
+        out = base + stages * tile.stage
         grid = variable(read("int32", "bc_grid"), "int32")[0]
         work = blocks * T.floordiv(M + (count - 1), count)
         mine = variable(T.floordiv(work - ids.block_x + grid - 1, grid), "int32")[0]
         with when(ids.thread == 0):
             for i in range(stages):
-                do("bc_barrier_init", at(full, i), T.int32(1))
+                do("bc_barrier_init", at(full, i), T.int32(1 + ROW_TILES // PAIR))
                 do("bc_barrier_init", at(free, i), T.int32(WORKERS // 32))
             do("bc_barrier_fence")
         barrier()
         do("bc_let_next_start")
 
         def bring() -> None:
-            """The tokens, by one lane of the last warpgroup."""
+            """The third warpgroup's part: each warp unpacks two row tiles, one copies tokens."""
             ring = Ring(stages)
-            do("bc_wait_for_earlier")
+            helper = warp - WORKERS // 32
+            held = local(AHEAD * PAIR * 4, "uint32")
+            g, c = T.floordiv(ids.lane, 4), ids.lane % 4
+
+            def weights_of(number: Expr, which: int) -> Expr:
+                """Where a tile's weights begin for this lane."""
+                row_tile = (ids.block_x + number * grid) % blocks * ROW_TILES + helper * PAIR + which
+                word = long(T.min(row_tile, tiles - 1)) * units * UNIT_WORDS + ids.lane * 4
+                return call("uint64", "bc_pointer", at(w, word))
+
+            now, following = (
+                [variable(weights_of(T.int32(0), which), "uint64") for which in range(PAIR)]
+                for _ in range(2)
+            )
+
+            def load(i: int, unit: Expr, inside: Expr) -> None:
+                """Of this tile, or what comes at this place in the next."""
+                byte = T.cast(T.if_then_else(inside, unit, T.min(i, units - 1)), "uint64")
+                for which in range(PAIR):
+                    from_ = T.if_then_else(inside, now[which][0], following[which][0])
+                    do("bc_load_weights_at", at(held, (i * PAIR + which) * 4),
+                       from_ + byte * T.uint64(UNIT_WORDS * 4))  # fmt: skip
+
+            for i in range(AHEAD):
+                load(i, T.int32(i), units > i)
+            copies = T.And(helper == 0, ids.lane == 0)
+            with when(helper == 0):
+                do("bc_wait_for_earlier")
+            own = count * UNIT_COLUMNS + (helper * (PAIR * TILE_ROWS) + g) * UNIT_COLUMNS + c * 4
+            own_row = variable(call("uint32", "bc_shared", at(room, base + own)), "uint32")[0]
+
+            def put_unit(i: int, unit: Expr, first: Expr) -> None:
+                slot = ring.slot[0]
+                do("bc_barrier_wait", at(free, slot), T.bitwise_xor(ring.phase[0], T.int32(1)))
+                with when(copies):
+                    size = T.int32(count * UNIT_COLUMNS)
+                    do("bc_barrier_expect", at(full, slot), size)
+                    start = (long(unit) * token_groups + first) * TOKEN_UNIT
+                    to = at(room, base + slot * tile.stage)
+                    do("bc_copy_bulk", to, q.data, start, size, at(full, slot))
+                for which in range(PAIR):
+                    to = own_row + T.cast(slot * tile.stage + which * (TILE_ROWS * 128), "uint32")
+                    for t in range(4):
+                        do("bc_unpack", to, held[(i * PAIR + which) * 4 + t], 2 * t, g)
+                do("bc_proxy_fence")
+                do("__syncwarp")
+                with when(ids.lane == 0):
+                    do("bc_barrier_arrive", at(full, slot))
+                ring.advance()
+
             with T.serial(mine) as number:
                 tile_of = variable(ids.block_x + number * grid, "int32")[0]
                 first = variable(T.floordiv(tile_of, blocks) * (count // TOKENS), "int32")[0]
-                with T.serial(units) as unit:
-                    slot = ring.slot[0]
-                    do("bc_barrier_wait", at(free, slot), T.bitwise_xor(ring.phase[0], T.int32(1)))
-                    do("bc_barrier_expect", at(full, slot), T.int32(tile.stage))
-                    start = (long(unit) * token_groups + first) * TOKEN_UNIT
-                    do("bc_copy_bulk", at(room, base + slot * tile.stage), q.data, start,
-                       T.int32(tile.stage), at(full, slot))  # fmt: skip
-                    ring.advance()
+                with when(number + 1 < mine):
+                    for which in range(PAIR):
+                        put(following[which], weights_of(number + 1, which))
+                with T.serial(T.floordiv(units + (AHEAD - 1), AHEAD)) as turn:
+                    for i in range(AHEAD):
+                        unit = turn * AHEAD + i
+                        with when(unit < units):
+                            put_unit(i, unit, first)
+                        load(i, unit + AHEAD, unit + AHEAD < units)
+                for which in range(PAIR):
+                    put(now[which], following[which][0])
 
         def work_on() -> None:
             ring = Ring(stages)
             acc = local(count // 2, "int32")
-            held = local(4 * tile.ahead, "uint32")
             group = T.shift_right(warp, 2)
             last = variable(T.int32(0), "int32")
             row = warp * TILE_ROWS  # in the block
             g, c = T.floordiv(ids.lane, 4), ids.lane % 4
-
-            def weights_of(number: Expr) -> Expr:
-                """Where a tile's weights begin for this lane."""
-                first = (ids.block_x + number * grid) % blocks * ROW_TILES + warp
-                word = long(T.min(first, tiles - 1)) * units * UNIT_WORDS + ids.lane * 4
-                return call("uint64", "bc_pointer", at(w, word))
-
-            address = variable(weights_of(T.int32(0)), "uint64")
-            following = variable(address[0], "uint64")
-
-            def load(place: int, unit: Expr, from_: Expr) -> None:
-                byte = T.cast(unit, "uint64") * T.uint64(UNIT_WORDS * 4)
-                do("bc_load_unit", at(held, place * 4), from_ + byte, T.int32(1))
-
-            for i in range(tile.ahead):
-                load(i, T.min(i, units - 1), address[0])
+            own_rows = variable(base + count * UNIT_COLUMNS + group * (UNPACKED // 2), "int32")[0]
             do("bc_wait_for_earlier")
 
-            # Where a lane's four bytes of column 0 go: rows of 128 bytes in the 128-byte swizzle.
-            at_row = unpacked + (row + g) * UNIT_COLUMNS + c * 4
-            own_row = variable(call("uint32", "bc_shared", at(room, at_row)), "uint32")[0]
-            shift = variable(T.int32(0), "int32")
-            own_group = variable(unpacked + group * (UNPACKED // 2), "int32")[0]
-
-            def multiply(i: int, unit: Expr) -> None:
-                """Unpack a unit while the one before is multiplied, then start it."""
-                to = own_row + T.cast(shift[0], "uint32")
-                for t in range(4):
-                    do("bc_unpack", to, held[i * 4 + t], 2 * t, g)
-                load_next(i, unit)
-                do("bc_proxy_fence")
-                do("bc_warpgroup", group)
+            def multiply(unit: Expr) -> None:
+                """Start the product of a unit; when it returns, the one before is complete."""
                 slot = ring.slot[0]
                 do("bc_barrier_wait", at(full, slot), ring.phase[0])
-                a = call("uint64", "bc_describe", at(room, own_group + shift[0]))
+                a = call("uint64", "bc_describe", at(room, own_rows + slot * tile.stage))
                 b = call("uint64", "bc_describe", at(room, base + slot * tile.stage))
                 do(f"bc_wgmma_{count}", at(acc, 0), a, b)
                 do("bc_wgmma_wait_last")
@@ -400,15 +421,6 @@ def wgmma(name: str, tile: Tile) -> Any:
                     do("bc_barrier_arrive", at(free, last[0]))
                 put(last, slot)
                 ring.advance()
-                put(shift, shift[0] + UNPACKED)
-                with when(shift[0] == PLACES * UNPACKED):
-                    put(shift, T.int32(0))
-
-            def load_next(i: int, unit: Expr) -> None:
-                """What comes next in a place: of this tile, or of the next."""
-                inside = unit + tile.ahead < units
-                from_ = T.if_then_else(inside, address[0], following[0])
-                load(i, T.if_then_else(inside, unit + tile.ahead, T.min(i, units - 1)), from_)
 
             with T.serial(mine) as number:
                 place = variable(ids.block_x + number * grid, "int32")[0]
@@ -422,22 +434,13 @@ def wgmma(name: str, tile: Tile) -> Any:
                     put(own_total, read("int32", "bc_load_int", qsum.data, long(m)))
                 common = variable(w_scale[first_n], "float32")[0]
                 other = variable(w_scale[T.min(first_n + ids.thread % ROWS, N - 1)], "float32")[0]
-                with when(number + 1 < mine):
-                    put(following, weights_of(number + 1))
                 with T.unroll(count // 2) as i:
                     put(acc, T.int32(0), i)
-                rounds = variable(T.floordiv(units, tile.ahead), "int32")[0]
-                with T.serial(rounds) as turn:
-                    for i in range(tile.ahead):
-                        multiply(i, turn * tile.ahead + i)
-                for i in range(tile.ahead - 1):
-                    unit = rounds * tile.ahead + i
-                    with when(unit < units):
-                        multiply(i, unit)
+                with T.serial(units) as unit:
+                    multiply(unit)
                 do(f"bc_wgmma_{count}_wait", at(acc, 0))
                 with when(ids.lane == 0):
                     do("bc_barrier_arrive", at(free, last[0]))
-                put(address, following[0])
 
                 with when(ids.thread < count):
                     put(scale, own_scale[0], ids.thread)
@@ -513,7 +516,6 @@ def wgmma(name: str, tile: Tile) -> Any:
                 work_on()
             with T.Else():
                 do(f"bc_fewer_registers<{OTHER_REGISTERS}>")
-                with when(ids.thread == WORKERS):
-                    bring()
+                bring()
 
     return device_kernel(name, PARAMETERS, HOPPER_THREADS, body)

@@ -78,35 +78,48 @@ BC_INLINE void bc_load4(float* out, const void* p, int64_t i, int type) {
 #pragma unroll
   for (int j = 0; j < 4; j++) out[j] = bc_widen(h[j], type);
 }
-/* Words of four elements `first`, `first + stride`, ... of a row from element `base` on, all loads
- * under way before one is used; zeros from word `words` on. Rows begin at multiples of 4. */
-BC_INLINE void bc_load_row4(float* out, const void* p, int64_t base, int first, int stride, int words,
-                            int type) {
-  float4 wide[4];
-  uint2 narrow[4];
+/* COUNT words of four elements `first`, `first + stride`, ... of a row from element `base` on, all
+ * loads under way before one is used; zeros from word `words` on. Rows begin at multiples of 4. */
+template <int COUNT>
+BC_INLINE void bc_load_wide(float* out, const void* p, int64_t base, int first, int stride, int words) {
+  float4 wide[COUNT];
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
+  for (int i = 0; i < COUNT; i++) {
     wide[i] = make_float4(0, 0, 0, 0);
-    narrow[i] = make_uint2(0, 0);
-    if (first + i * stride >= words) continue;
-    if (type == 1)
+    if (first + i * stride < words)
       asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
                    : "=f"(wide[i].x), "=f"(wide[i].y), "=f"(wide[i].z), "=f"(wide[i].w)
                    : "l"((const float*)p + base + 4 * (first + i * stride)) : "memory");
-    else
+  }
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) *(float4*)(out + 4 * i) = wide[i];
+}
+template <int COUNT>
+BC_INLINE void bc_load_narrow(float* out, const void* p, int64_t base, int first, int stride,
+                              int words, int type) {
+  uint2 narrow[COUNT];
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    narrow[i] = make_uint2(0, 0);
+    if (first + i * stride < words)
       asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
                    : "=r"(narrow[i].x), "=r"(narrow[i].y)
                    : "l"((const uint16_t*)p + base + 4 * (first + i * stride)) : "memory");
   }
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    if (type != 1)
-      wide[i] = make_float4(bc_widen((uint16_t)narrow[i].x, type),
-                            bc_widen((uint16_t)(narrow[i].x >> 16), type),
-                            bc_widen((uint16_t)narrow[i].y, type),
-                            bc_widen((uint16_t)(narrow[i].y >> 16), type));
-    *(float4*)(out + 4 * i) = wide[i];
+  for (int i = 0; i < COUNT; i++) {
+    out[4 * i] = bc_widen((uint16_t)narrow[i].x, type);
+    out[4 * i + 1] = bc_widen((uint16_t)(narrow[i].x >> 16), type);
+    out[4 * i + 2] = bc_widen((uint16_t)narrow[i].y, type);
+    out[4 * i + 3] = bc_widen((uint16_t)(narrow[i].y >> 16), type);
   }
+}
+BC_INLINE void bc_load_row4(float* out, const void* p, int64_t base, int first, int stride, int words,
+                            int type) {
+  if (type == 1)
+    bc_load_wide<4>(out, p, base, first, stride, words);
+  else
+    bc_load_narrow<4>(out, p, base, first, stride, words, type);
 }
 BC_INLINE uint16_t bc_narrow(float v, int type) {
   uint16_t h;
@@ -193,6 +206,9 @@ BC_INLINE void bc_load_weights(uint* out, const uint* p) {
                : "l"(p) : "memory");
 }
 
+BC_INLINE void bc_load_weights_at(uint* out, uint64_t address) {
+  bc_load_weights(out, (const uint*)address);
+}
 BC_INLINE uint64_t bc_pointer(const void* p) { return (uint64_t)__cvta_generic_to_global(p); }
 /* The same from an address, if `wanted`: no branch, so that the compiler has nowhere to wait. */
 BC_INLINE void bc_load_unit(uint* out, uint64_t address, int wanted) {
@@ -385,10 +401,6 @@ BC_INLINE int bc_agree(int holds) {
 }
 /* Bytes from p to the next multiple of 1024 in shared memory. */
 BC_INLINE int bc_to_kilobyte(const void* p) { return (int)(-bc_shared(p) & 1023); }
-/* A barrier of one of the two warpgroups. */
-BC_INLINE void bc_warpgroup(int group) {
-  asm volatile("barrier.sync %0, 128;" ::"r"(2 + group) : "memory");
-}
 /* A lane's 16 weights of 32 columns as int8: rows g and g + 8, pieces p and p + 1 of 16 columns. */
 BC_INLINE void bc_unpack(uint address, uint w, int p, int g) {
   uint first = address + ((p ^ g) << 4), second = address + (((p + 1) ^ g) << 4);
