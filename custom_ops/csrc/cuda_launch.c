@@ -15,7 +15,7 @@ enum {
   GEMM_TOKENS = 128,
   MOST_TOKENS = 256, /* of any tile: activations are padded to it */
   ALIGN = 256,
-  BLOCK_UNITS = 6 * BC_DECODE_WARPS,
+  BLOCK_UNITS = 10 * BC_DECODE_WARPS + 2,
   MOST_STEP = 8, /* a thread of the block stores one row */
   MIN_MAJOR = 8,
   FLOAT = 1, /* ONNX element type */
@@ -27,6 +27,7 @@ typedef struct Attribute { /* CUlaunchAttribute */
   int id, pad;
   union {
     int on;
+    unsigned size[3];
     char bytes[64];
   } value;
 } Attribute;
@@ -43,6 +44,7 @@ enum { /* CUdevice_attribute, CUfunction_attribute, CUlaunchAttributeID */
        SHARED_LIMIT = 97,
        STATIC_SHARED = 1,
        DYNAMIC_SHARED = 8,
+       CLUSTER = 4,
        OVERLAP = 6,
 };
 
@@ -156,13 +158,16 @@ const bc_gpu *bc_cuda_gpu(const char **error) {
 
 static int launch(const bc_gpu *gpu, void *stream, int kernel, int64_t x, int64_t y, int threads,
                   int64_t shared, void **arguments, int early) {
-  Attribute overlap = {.id = OVERLAP, .value.on = 1};
+  int clusters = kernel >= BC_FIRST_CLUSTERED;
+  Attribute attributes[2], *next = attributes;
+  if (clusters) *next++ = (Attribute){.id = CLUSTER, .value.size = {BC_WGMMA_CLUSTER, 1, 1}};
+  if (early && gpu->major >= 9) *next++ = (Attribute){.id = OVERLAP, .value.on = 1};
   Config config = {.grid = {(unsigned)x, (unsigned)y, 1},
                    .block = {(unsigned)threads, 1, 1},
                    .shared = (unsigned)shared,
                    .stream = stream,
-                   .attributes = &overlap,
-                   .attribute_count = early && gpu->major >= 9};
+                   .attributes = attributes,
+                   .attribute_count = (unsigned)(next - attributes)};
   return cuda.cuLaunchKernelEx(&config, gpu->kernel[kernel], arguments, NULL);
 }
 
@@ -208,19 +213,6 @@ static int aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
 
 enum { FUSED = -1 };
 
-static const struct Gemv {
-  int kernel, ahead, extras;
-} gemvs[] = {BC_GEMVS};
-
-static int32_t gemv_warps(const bc_linear *job, const struct Gemv *v) {
-  return least(ceil_div(units_of(job), v->ahead), BC_GEMV_WARPS);
-}
-
-static const struct Gemv *choose_gemv(const bc_linear *job) {
-  int extras = job->bias || job->residual;
-  return &gemvs[(job->tile > 0 ? 2 * (job->tile - 1) : 0) + extras];
-}
-
 static int64_t gemv_shared(const bc_linear *job) {
   return (int64_t)units_of(job) * UNIT_COLUMNS + 4 * TILE_ROWS;
 }
@@ -232,7 +224,7 @@ static int decode_kind(const bc_gpu *gpu, const bc_linear *job) {
   if (alone && job->K % 4 == 0 && job->K <= BC_FUSED_LONGEST && aligned(job->x) &&
       aligned(job->gamma) && fused_shared(gpu, job) <= room)
     return FUSED;
-  if (job->M == 1 && job->gate_out < 0 && gemv_shared(job) <= room) return 1;
+  if (job->M == 1 && job->gate_out < 0 && job->K <= BC_GEMV_LONGEST) return 1;
   for (int tokens = 8; tokens <= 16; tokens += 8)
     if (job->M <= tokens && decode_shared(gpu, job, tokens) <= room) return tokens;
   return 0;
@@ -327,8 +319,9 @@ static int fused(const bc_gpu *gpu, void *stream, const bc_linear *job) {
 }
 
 static int gemv(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from) {
-  const struct Gemv *v = choose_gemv(job);
-  int32_t tiles = (int32_t)ceil_div(job->N, TILE_ROWS), warps = gemv_warps(job, v);
+  static const int kernels[2][2] = {{BC_GEMV, BC_GEMV_EXTRAS},
+                                    {BC_GEMV_EARLY, BC_GEMV_EARLY_EXTRAS}};
+  int32_t units = units_of(job), warps = (int32_t)ceil_div(units, BC_GEMV_AHEAD);
   bc_gemv_args a = {.q = from->q,
                     .s = from->s,
                     .qsum = from->qsum,
@@ -338,15 +331,14 @@ static int gemv(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tok
                     .residual = job->residual,
                     .y = job->y,
                     .N = job->N,
-                    .units = units_of(job),
+                    .units = units,
                     .warps = warps,
-                    .turns = (int32_t)ceil_div(units_of(job), (int64_t)warps * v->ahead),
                     .type_y = job->type_y,
                     .has_bias = job->bias != NULL,
-                    .has_residual = job->residual != NULL,
-                    .early = job->early && gpu->major >= 9};
-  return launch(gpu, stream, v->kernel, tiles, 1, (warps + 1) * 32, gemv_shared(job),
-                (void *[])BC_GEMV_ARGS(a), job->early);
+                    .has_residual = job->residual != NULL};
+  int kernel = kernels[job->early && gpu->major >= 9][job->bias || job->residual];
+  return launch(gpu, stream, kernel, ceil_div(job->N, TILE_ROWS), 1, (warps + 1) * 32,
+                gemv_shared(job), (void *[])BC_GEMV_ARGS(a), job->early);
 }
 
 static int decode(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from,
@@ -382,6 +374,11 @@ typedef struct Tile { /* of a product with many tokens */
 static const Tile mma = {BC_GEMM, GEMM_TOKENS, BC_GEMM_THREADS, 0};
 static const Tile hopper[] = {BC_TILES};
 
+/* Blocks of rows, whole clusters. */
+static int64_t clustered(const bc_linear *job) {
+  return ceil_div(job->N, BC_GEMM_ROWS * BC_WGMMA_CLUSTER) * BC_WGMMA_CLUSTER;
+}
+
 /* The tile whose turns on the multiprocessors cost least. */
 static const Tile *choose_tile(const bc_gpu *gpu, const bc_linear *job) {
   const Tile *best = &mma;
@@ -390,7 +387,7 @@ static const Tile *choose_tile(const bc_gpu *gpu, const bc_linear *job) {
   if (job->tile > 0) return &hopper[job->tile - 1];
   for (size_t i = 0; i < sizeof hopper / sizeof *hopper; i++) {
     const Tile *h = &hopper[i];
-    int64_t tiles = ceil_div(job->N, BC_GEMM_ROWS) * ceil_div(job->M, h->tokens);
+    int64_t tiles = clustered(job) * ceil_div(job->M, h->tokens);
     int64_t cost = ceil_div(tiles, gpu->processors) * h->tokens;
     if (i && cost >= least_cost) continue;
     best = h;
@@ -427,7 +424,8 @@ static int multiply(const bc_gpu *gpu, void *stream, const bc_linear *job, const
   if (h == &mma)
     return launch(gpu, stream, h->kernel, blocks, columns, h->threads,
                   stages > finished ? stages : finished, arguments, job->early);
-  return launch(gpu, stream, h->kernel, least(blocks * columns, gpu->processors), 1, h->threads,
+  int64_t most = gpu->processors / BC_WGMMA_CLUSTER * BC_WGMMA_CLUSTER;
+  return launch(gpu, stream, h->kernel, least(clustered(job) * columns, most), 1, h->threads,
                 h->shared, arguments, job->early);
 }
 

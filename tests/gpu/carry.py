@@ -15,7 +15,7 @@ from pathlib import Path
 
 import bitcompile
 from bitcompile.targets.tir.cuda.compiler import IMAGES
-from bitcompile.targets.tir.cuda.kernels import GEMVS, TILES
+from bitcompile.targets.tir.cuda.kernels import TILES
 from bitcompile.targets.tir.cuda.plugin import device_code, write_sources
 from bitcompile.targets.tir.linking import CSRC, zig
 from bitcompile.targets.x86 import TRIPLE
@@ -34,7 +34,7 @@ def carry(folder: Path, arch: str | None = None) -> None:
             shutil.copy(source / name, target / name)
     for package in ("bitcompile", "tests"):
         (folder / package / "__init__.py").write_text("")
-    variants = {"tiles": [t.tokens for t in TILES], "gemvs": [ahead for ahead, extras in GEMVS if extras]}
+    variants = {"tiles": [t.tokens for t in TILES]}
     (folder / "tests" / "gpu" / "variants.json").write_text(json.dumps(variants))
     build = folder / "build"
     build.mkdir(exist_ok=True)

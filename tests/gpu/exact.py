@@ -105,7 +105,7 @@ def linear(launcher: Launcher, case: Case, norm: bool, extras: bool, **choice: i
         gamma=on_gpu(case.gamma) if norm else None,
         bias=on_gpu(case.bias) if extras else None,
         residual=case.residual if extras else None,
-        early=True, **choice,
+        **{"early": 1, **choice},
     )  # fmt: skip
     scratch = product.scratch(launcher)
     launcher.linear(product.job(), scratch)
@@ -162,7 +162,7 @@ def large(launcher: Launcher, seed: int, N: int, K: int, M: int, **choice: int) 
     w = random_weights(generator, N, K)
     x = torch.randn((M, K), device="cuda", generator=generator)
     w_scale = torch.rand((N, 1), device="cuda", generator=generator) + 0.1
-    product = Linear(x, w, w_scale, (N, K), torch.float32, early=True, **choice)
+    product = Linear(x, w, w_scale, (N, K), torch.float32, early=1, **choice)
     scratch = product.scratch(launcher)
     launcher.linear(product.job(), scratch)
     q, s = numerics.quantize_activations(x.cpu().numpy())
@@ -201,9 +201,9 @@ def products(seed: int, quick: bool) -> Iterator[Callable[[Launcher], None]]:
         yield partial(glu, case=case, gate=number % 4, sub_norm=bool(number % 3))
         for tile in tiles if M > 16 else ():
             yield partial(linear, case=case, norm=True, extras=True, tile=tile)
-        for tile in range(len(VARIANTS["gemvs"]) + 1) if M == 1 else ():
-            yield partial(linear, case=case, norm=True, extras=True, tile=tile, split=1)
         if M == 1:
+            for early, more in itertools.product((0, 1), (False, True)):
+                yield partial(linear, case=case, norm=True, extras=more, early=early, split=1)
             yield partial(glu, case=case, gate=number % 4, sub_norm=True, split=1)
     if quick:
         return

@@ -14,7 +14,7 @@ NO_GATE, MMA_TILE = -1, -1
 TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}
 GATES = ("relu2", "silu", "gelu_tanh", "gelu_erf")
 VARIANTS = json.loads(Path(__file__).with_name("variants.json").read_text())
-"""What ``tile`` numbers from 1 on: ``tiles`` (rows, tokens), ``gemvs`` (row tiles, units ahead)."""
+"""What ``tile`` numbers from 1 on: tokens of ``tiles``."""
 
 
 class LinearJob(ctypes.Structure):
@@ -92,8 +92,8 @@ class Linear:
     eps: float = 1e-5
     gate_in: int = NO_GATE
     gate_out: int = NO_GATE
-    early: bool = False
-    quantised: bool = False
+    early: int = 0
+    quantised: int = 0
     step: int = 0
     tile: int = 0
     split: int = 0

@@ -57,9 +57,7 @@ def run(section: str, launcher: Launcher, options: argparse.Namespace) -> None:
     elif section == "tune":
         speed.tune_decode(launcher)
         speed.tune_prefill(launcher)
-        for split in (0, 1):
-            stack = speed.Stack(launcher, 1, split=split)
-            print(f"stack, split {split}: {speed.seconds(speed.captured(stack.run), 0.05) * 1e6:.0f} us")
+        speed.tune_stack(launcher)
     elif section == "stack":
         bandwidth = speed.read_bandwidth(launcher)
         print(f"read bandwidth {bandwidth / 1e9:.0f} GB/s")

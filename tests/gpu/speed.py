@@ -182,14 +182,13 @@ def tune_decode(launcher: Launcher) -> None:
         floor = read_floor(launcher, weights)
         print(f"== {N}x{K}: floor {floor * 1e6:.2f} us; product, product+PDL, op of two kernels+PDL")
         gamma = torch.ones(K, device="cuda")
-        for number, variant in enumerate(VARIANTS["gemvs"], 1):
-            times = [
-                ours(launcher, weights.linears(1, quantised=True, tile=number)),
-                ours(launcher, weights.linears(1, quantised=True, tile=number, early=True)),
-                ours(launcher, weights.linears(1, gamma=gamma, tile=number, early=True, split=1)),
-            ]
-            cells = [f"{t * 1e6:.2f}" for t in times]
-            print(f"   {variant}: {' '.join(cells)}   floor/product {floor / times[0]:.3f}")
+        times = [
+            ours(launcher, weights.linears(1, quantised=True)),
+            ours(launcher, weights.linears(1, quantised=True, early=True)),
+            ours(launcher, weights.linears(1, gamma=gamma, early=True, split=1)),
+        ]
+        cells = [f"{t * 1e6:.2f}" for t in times]
+        print(f"   {' '.join(cells)}   floor/product {floor / times[0]:.3f}")
         cells = []
         for step in (1, 2, 3, 4, 5, 7):
             times = [ours(launcher, weights.linears(1, gamma=gamma, early=early, step=step))
@@ -198,11 +197,25 @@ def tune_decode(launcher: Launcher) -> None:
         print("   fused op, without and with PDL, by step  " + "   ".join(cells), flush=True)
 
 
+def tune_stack(launcher: Launcher) -> None:
+    """The stack by row tiles a block of each of its products, us."""
+    chosen = [0, 0, 0, 0]
+    stack = Stack(launcher, 1)
+    for product in (-1, 0, 1, 2, 3):
+        for step in (0,) if product < 0 else (1, 2, 3, 4, 5, 6):
+            steps = [step if i == product else chosen[i] for i in range(4)]
+            work = [one.changed(step=steps[i % 4], y=one.y) for i, one in enumerate(stack.work)]
+            stack.jobs = [one.job() for one in work]
+            t = attempt(lambda: seconds(captured(stack.run), 0.05))
+            print(f"   steps {steps}: {t * 1e6:.0f}", end="")
+        print(flush=True)
+
+
 def tune_prefill(launcher: Launcher) -> None:
     """Many tokens by every tile, TOPS."""
     for N, K in SHAPES:
         weights = Weights.make(N, K)
-        for M in (512, 1024, 4096):
+        for M in (512, 1024, 2048, 4096):
             int8 = attempt(lambda N=N, K=K, M=M: cublaslt_int8(N, K, M))
             bf16 = attempt(lambda N=N, K=K, M=M: cublas_bf16(N, K, M))
             tops = [f"int8Lt:{2 * N * K * M / int8 / 1e12:.0f} bf16:{2 * N * K * M / bf16 / 1e12:.0f}"]

@@ -220,6 +220,8 @@ def gemm(name: str) -> Any:
 WORKERS = 256
 """Two warpgroups of 64 rows each; a third brings the operands."""
 HOPPER_THREADS = WORKERS + 128
+CLUSTER = 2
+"""Blocks that work on neighbouring rows and the same tokens: each copies its share to all of them."""
 WORKER_REGISTERS, OTHER_REGISTERS = 216, 72
 """Of a thread: the three warpgroups start with 168 each; the last gives up what the others take."""
 UNPACKED = ROWS * UNIT_COLUMNS
@@ -300,7 +302,7 @@ class Ring:
 
 
 def wgmma(name: str, tile: Tile) -> Any:
-    """``y = scaled(W q)``. Grid: as many blocks as work at once; ``blocks``: ceil(N / ROWS).
+    """``y = scaled(W q)``. Grid: clusters of CLUSTER, as many blocks as work at once; ``blocks``: ceil(N / ROWS).
 
     With ``direct``, 16-bit results of rows that share a scale leave by bulk copies.
     """
@@ -320,15 +322,17 @@ def wgmma(name: str, tile: Tile) -> Any:
             call("int32", "__shfl_sync", T.uint32(0xFFFFFFFF), ids.warp, T.int32(0)), "int32"
         )[0]
         out = base + stages * tile.stage
+        rank = ids.block_x % CLUSTER
         grid = variable(read("int32", "bc_grid"), "int32")[0]
-        work = blocks * T.floordiv(M + (count - 1), count)
+        rows_of = T.floordiv(blocks + (CLUSTER - 1), CLUSTER) * CLUSTER  # a last one may be empty
+        work = rows_of * T.floordiv(M + (count - 1), count)
         mine = variable(T.floordiv(work - ids.block_x + grid - 1, grid), "int32")[0]
         with when(ids.thread == 0):
             for i in range(stages):
                 do("bc_barrier_init", at(full, i), T.int32(1 + ROW_TILES // PAIR))
-                do("bc_barrier_init", at(free, i), T.int32(WORKERS // 32))
+                do("bc_barrier_init", at(free, i), T.int32(CLUSTER * WORKERS // 32))
             do("bc_barrier_fence")
-        barrier()
+        do("bc_cluster_barrier")
         do("bc_let_next_start")
 
         def bring() -> None:
@@ -340,7 +344,7 @@ def wgmma(name: str, tile: Tile) -> Any:
 
             def weights_of(number: Expr, which: int) -> Expr:
                 """Where a tile's weights begin for this lane."""
-                row_tile = (ids.block_x + number * grid) % blocks * ROW_TILES + helper * PAIR + which
+                row_tile = (ids.block_x + number * grid) % rows_of * ROW_TILES + helper * PAIR + which
                 word = long(T.min(row_tile, tiles - 1)) * units * UNIT_WORDS + ids.lane * 4
                 return call("uint64", "bc_pointer", at(w, word))
 
@@ -369,11 +373,12 @@ def wgmma(name: str, tile: Tile) -> Any:
                 slot = ring.slot[0]
                 do("bc_barrier_wait", at(free, slot), T.bitwise_xor(ring.phase[0], T.int32(1)))
                 with when(copies):
-                    size = T.int32(count * UNIT_COLUMNS)
-                    do("bc_barrier_expect", at(full, slot), size)
-                    start = (long(unit) * token_groups + first) * TOKEN_UNIT
-                    to = at(room, base + slot * tile.stage)
-                    do("bc_copy_bulk", to, q.data, start, size, at(full, slot))
+                    do("bc_barrier_expect", at(full, slot), T.int32(count * UNIT_COLUMNS))
+                    share = count * UNIT_COLUMNS // CLUSTER
+                    start = (long(unit) * token_groups + first) * TOKEN_UNIT + rank * share
+                    to = at(room, base + slot * tile.stage + rank * share)
+                    do("bc_copy_to_all", to, q.data, start, T.int32(share), at(full, slot),
+                       T.int32((1 << CLUSTER) - 1))  # fmt: skip
                 for which in range(PAIR):
                     to = own_row + T.cast(slot * tile.stage + which * (TILE_ROWS * 128), "uint32")
                     for t in range(4):
@@ -386,7 +391,7 @@ def wgmma(name: str, tile: Tile) -> Any:
 
             with T.serial(mine) as number:
                 tile_of = variable(ids.block_x + number * grid, "int32")[0]
-                first = variable(T.floordiv(tile_of, blocks) * (count // TOKENS), "int32")[0]
+                first = variable(T.floordiv(tile_of, rows_of) * (count // TOKENS), "int32")[0]
                 with when(number + 1 < mine):
                     for which in range(PAIR):
                         put(following[which], weights_of(number + 1, which))
@@ -417,30 +422,30 @@ def wgmma(name: str, tile: Tile) -> Any:
                 b = call("uint64", "bc_describe", at(room, base + slot * tile.stage))
                 do(f"bc_wgmma_{count}", at(acc, 0), a, b)
                 do("bc_wgmma_wait_last")
-                with when(T.And(unit > 0, ids.lane == 0)):
-                    do("bc_barrier_arrive", at(free, last[0]))
+                with when(T.And(unit > 0, ids.lane < CLUSTER)):
+                    do("bc_barrier_arrive_at", at(free, last[0]), ids.lane)
                 put(last, slot)
                 ring.advance()
 
             with T.serial(mine) as number:
                 place = variable(ids.block_x + number * grid, "int32")[0]
-                first_n = variable(place % blocks * ROWS, "int32")[0]
-                first_m = variable(T.floordiv(place, blocks) * count, "int32")[0]
+                first_n = variable(place % rows_of * ROWS, "int32")[0]
+                first_m = variable(T.floordiv(place, rows_of) * count, "int32")[0]
                 own_scale = variable(T.float32(1), "float32")
                 own_total = variable(T.int32(0), "int32")
                 with when(ids.thread < count):
                     m = T.min(first_m + ids.thread, M - 1)
                     put(own_scale, read("float32", "bc_load", s.data, long(m), FLOAT))
                     put(own_total, read("int32", "bc_load_int", qsum.data, long(m)))
-                common = variable(w_scale[first_n], "float32")[0]
+                common = variable(w_scale[T.min(first_n, N - 1)], "float32")[0]
                 other = variable(w_scale[T.min(first_n + ids.thread % ROWS, N - 1)], "float32")[0]
                 with T.unroll(count // 2) as i:
                     put(acc, T.int32(0), i)
                 with T.serial(units) as unit:
                     multiply(unit)
                 do(f"bc_wgmma_{count}_wait", at(acc, 0))
-                with when(ids.lane == 0):
-                    do("bc_barrier_arrive", at(free, last[0]))
+                with when(ids.lane < CLUSTER):
+                    do("bc_barrier_arrive_at", at(free, last[0]), ids.lane)
 
                 with when(ids.thread < count):
                     put(scale, own_scale[0], ids.thread)
@@ -482,7 +487,7 @@ def wgmma(name: str, tile: Tile) -> Any:
                     do("bc_proxy_fence")
                     do("bc_workers")
                     m = first_m + ids.thread
-                    with when(T.And(ids.thread < count, m < M)):
+                    with when(T.And(ids.thread < count, T.And(m < M, first_n < N))):
                         size = T.min(N - first_n, ROWS) * 2
                         do("bc_store_bulk", y.data, (long(m) * N + first_n) * 2,
                            at(room, out + ids.thread * OUT_PITCH), size)  # fmt: skip
@@ -517,5 +522,6 @@ def wgmma(name: str, tile: Tile) -> Any:
             with T.Else():
                 do(f"bc_fewer_registers<{OTHER_REGISTERS}>")
                 bring()
+        do("bc_cluster_barrier")  # a block may be gone only when none copies to it any more
 
     return device_kernel(name, PARAMETERS, HOPPER_THREADS, body)

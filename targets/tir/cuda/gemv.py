@@ -20,7 +20,6 @@ from bitcompile.targets.tir.cuda.device import (
     long,
     put,
     read,
-    rolled,
     shuffle_xor,
     variable,
     view,
@@ -30,12 +29,15 @@ from bitcompile.targets.tir.cuda.tile import TILE_ROWS, TOKEN_UNIT, UNIT_COLUMNS
 from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, when
 
 MOST_WARPS = 24
+AHEAD = 3
+"""Units that a warp loads."""
+LONGEST = MOST_WARPS * AHEAD * UNIT_COLUMNS
 
 PARAMETERS = [
     ("q", "uint8*"), ("s", "float32*"), ("qsum", "int32*"), ("w", "uint32*"),
     ("w_scale", "float32*"), ("bias", "float32*"), ("residual", "uint8*"), ("y", "uint8*"),
     *((name, "int32") for name in (
-        "N", "units", "warps", "turns", "type_y", "has_bias", "has_residual", "early",
+        "N", "units", "warps", "type_y", "has_bias", "has_residual",
     )),
 ]  # fmt: skip
 
@@ -62,43 +64,38 @@ def lane_row(acc: Buffer, lane: Expr) -> Expr:
     return kept[0]
 
 
-def gemv(name: str, ahead: int, extras: bool) -> Any:
-    """``y = scaled(W q)`` for one row, ``ahead`` units of a row tile at a time; ``extras``: plus
-    bias ``[N]`` and residual like y, where there are.
+def gemv(name: str, early: bool, extras: bool) -> Any:
+    """``y = scaled(W q)`` for one row, of at most LONGEST columns. ``early``: the kernel before may
+    still run. ``extras``: plus bias ``[N]`` and residual like y, where there are.
 
-    Grid: tiles. Threads: 32 * (``warps`` + 1); the last warp scales the sums. ``early``: the kernel
-    before may still run. Dynamic shared memory: the row's units (128 bytes) and 16 sums.
+    Grid: tiles. Threads: 32 * (``warps`` + 1); the last warp scales the sums. Dynamic shared memory: the row's units (128 bytes) and 16 sums.
     """
 
     def body(ids: Ids, q: Buffer, s: Buffer, qsum: Buffer, w: Buffer, w_scale: Buffer, bias: Buffer,
-             residual: Buffer, y: Buffer, N: Expr, units: Expr, warps: Expr, turns: Expr,
-             type_y: Expr, has_bias: Expr, has_residual: Expr, early: Expr) -> None:  # fmt: skip
+             residual: Buffer, y: Buffer, N: Expr, units: Expr, warps: Expr, type_y: Expr,
+             has_bias: Expr, has_residual: Expr) -> None:  # fmt: skip
         room = view(dynamic(), "int32")
-        held = local(ahead * 4, "uint32")
+        held = local(AHEAD * 4, "uint32")
         warp = variable(
             call("int32", "__shfl_sync", T.uint32(0xFFFFFFFF), ids.warp, T.int32(0)), "int32"
         )[0]
         # The last warp has no units: whatever it could load lies beyond the last.
-        place = variable(T.if_then_else(warp < warps, warp * ahead, units), "int32")
-        word = (long(ids.block_x) * units + place[0]) * UNIT_WORDS + ids.lane * 4
-        address = variable(call("uint64", "bc_pointer", at(w, word)), "uint64")
-
-        def load() -> None:
-            for i in range(ahead):
-                wanted = T.cast(place[0] + i < units, "int32")
-                from_ = address[0] + T.uint64(i * UNIT_WORDS * 4)
-                do("bc_load_unit", at(held, i * 4), from_, wanted)
+        place = variable(T.if_then_else(warp < warps, warp * AHEAD, units), "int32")[0]
+        word = (long(ids.block_x) * units + place) * UNIT_WORDS + ids.lane * 4
+        address = variable(call("uint64", "bc_pointer", at(w, word)), "uint64")[0]
 
         def bring() -> None:
             pieces = units * (UNIT_COLUMNS // 16)
             do("bc_bring_token", at(room, 0), q.data, ids.thread, warps * 32 + 32, pieces)
 
-        with when(early == 0):
+        if not early:
             bring()
-        load()
-        do("bc_let_next_start")
-        do("bc_wait_for_earlier")
-        with when(early != 0):
+        for i in range(AHEAD):
+            wanted = T.cast(place + i < units, "int32")
+            do("bc_load_unit", at(held, i * 4), address + T.uint64(i * UNIT_WORDS * 4), wanted)
+        if early:
+            do("bc_let_next_start")
+            do("bc_wait_for_earlier")
             bring()
         lane, sums = ids.lane, units * (UNIT_COLUMNS // 4)
         row = ids.block_x * TILE_ROWS + lane
@@ -122,18 +119,12 @@ def gemv(name: str, ahead: int, extras: bool) -> Any:
             acc, b = local(4, "int32"), local(8, "int32")
             for i in range(4):
                 put(acc, T.int32(0), i)
-            first = call("uint32", "bc_shared", at(room, place[0] * 32 + T.floordiv(lane, 8) * 4))
-            start = variable(first, "uint32")
-            with rolled(turns):
-                for i in range(ahead):
-                    with when(place[0] + i < units):
-                        do("bc_load_token", at(b, 0), start[0] + T.uint32(i * UNIT_COLUMNS))
-                        dot_unit(acc, b, held, i * 4)
-                step = warps * ahead
-                put(place, place[0] + step)
-                put(start, start[0] + T.cast(step * UNIT_COLUMNS, "uint32"))
-                put(address, address[0] + T.cast(step * (UNIT_WORDS * 4), "uint64"))
-                load()
+            first = call("uint32", "bc_shared", at(room, place * 32 + T.floordiv(lane, 8) * 4))
+            start = variable(first, "uint32")[0]
+            for i in range(AHEAD):
+                with when(place + i < units):
+                    do("bc_load_token", at(b, 0), start + T.uint32(i * UNIT_COLUMNS))
+                    dot_unit(acc, b, held, i * 4)
             sum_ = lane_row(acc, lane)
             with when(lane % 4 < 2):
                 to = sums + lane % 4 * 8 + T.floordiv(lane, 4)

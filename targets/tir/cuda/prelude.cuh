@@ -316,10 +316,8 @@ BC_INLINE void bc_copy_async16(void* to, const void* from, int64_t byte) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
                ::"r"(bc_shared(to)), "l"((const char*)from + byte) : "memory");
 }
-/* One token, `pieces` of 16 bytes. Through the L1 cache: many blocks of
- * a multiprocessor read it. Its own function and a loop, since code costs time where it runs once. */
-static __device__ __noinline__ void bc_bring_token(void* to, const void* from, int first, int stride,
-                                                   int pieces) {
+/* One token, `pieces` of 16 bytes. Through the L1 cache: many blocks of a multiprocessor read it. */
+BC_INLINE void bc_bring_token(void* to, const void* from, int first, int stride, int pieces) {
 #pragma unroll 1
   for (int i = first; i < pieces; i += stride)
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
@@ -373,12 +371,24 @@ BC_INLINE void bc_barrier_expect(void* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bc_shared(barrier)),
                "r"(bytes) : "memory");
 }
-/* Copies `bytes` (a multiple of 16), of those that the barrier expects. */
-BC_INLINE void bc_copy_bulk(void* to, const void* from, int64_t byte, int bytes, void* barrier) {
+/* Copies `bytes` (a multiple of 16), of those that the barriers expect, to one place in each block of
+ * the cluster in `mask`. */
+BC_INLINE void bc_copy_to_all(void* to, const void* from, int64_t byte, int bytes, void* barrier,
+                              int mask) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          bc_shared(to)), "l"((const char*)from + byte), "r"(bytes), "r"(bc_shared(barrier))
-      : "memory");
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1], %2, [%3], %4;" ::"r"(bc_shared(to)), "l"((const char*)from + byte), "r"(bytes),
+      "r"(bc_shared(barrier)), "h"((uint16_t)mask) : "memory");
+}
+/* Arrive at the barrier of another block of the cluster, or of this one. */
+BC_INLINE void bc_barrier_arrive_at(void* barrier, int block) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(bc_shared(barrier)),
+      "r"(block) : "memory");
+}
+BC_INLINE void bc_cluster_barrier() {
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 }
 BC_INLINE void bc_store_bulk(void* to, int64_t byte, const void* from, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
