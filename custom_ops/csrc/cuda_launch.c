@@ -15,7 +15,6 @@ enum {
   GEMM_TOKENS = 128,
   MOST_TOKENS = 256, /* of any tile: activations are padded to it */
   ALIGN = 256,
-  BLOCK_UNITS = 10 * BC_DECODE_WARPS + 2,
   MOST_STEP = 8, /* a thread of the block stores one row */
   MIN_MAJOR = 8,
   FLOAT = 1, /* ONNX element type */
@@ -27,7 +26,6 @@ typedef struct Attribute { /* CUlaunchAttribute */
   int id, pad;
   union {
     int on;
-    unsigned size[3];
     char bytes[64];
   } value;
 } Attribute;
@@ -44,7 +42,6 @@ enum { /* CUdevice_attribute, CUfunction_attribute, CUlaunchAttributeID */
        SHARED_LIMIT = 97,
        STATIC_SHARED = 1,
        DYNAMIC_SHARED = 8,
-       CLUSTER = 4,
        OVERLAP = 6,
 };
 
@@ -158,16 +155,13 @@ const bc_gpu *bc_cuda_gpu(const char **error) {
 
 static int launch(const bc_gpu *gpu, void *stream, int kernel, int64_t x, int64_t y, int threads,
                   int64_t shared, void **arguments, int early) {
-  int clusters = kernel >= BC_FIRST_CLUSTERED;
-  Attribute attributes[2], *next = attributes;
-  if (clusters) *next++ = (Attribute){.id = CLUSTER, .value.size = {BC_WGMMA_CLUSTER, 1, 1}};
-  if (early && gpu->major >= 9) *next++ = (Attribute){.id = OVERLAP, .value.on = 1};
+  Attribute overlap = {.id = OVERLAP, .value.on = 1};
   Config config = {.grid = {(unsigned)x, (unsigned)y, 1},
                    .block = {(unsigned)threads, 1, 1},
                    .shared = (unsigned)shared,
                    .stream = stream,
-                   .attributes = attributes,
-                   .attribute_count = (unsigned)(next - attributes)};
+                   .attributes = &overlap,
+                   .attribute_count = early && gpu->major >= 9};
   return cuda.cuLaunchKernelEx(&config, gpu->kernel[kernel], arguments, NULL);
 }
 
@@ -179,16 +173,13 @@ static int32_t least(int64_t a, int64_t b) { return (int32_t)(a < b ? a : b); }
 static int32_t units_of(const bc_linear *job) { return (int32_t)ceil_div(job->K, UNIT_COLUMNS); }
 static int32_t pairs_of(const bc_linear *job) { return job->gate_out >= 0 ? 2 : 1; }
 
-/* Row tiles of a block, for few tokens. Where kernels overlap, some six units a warp, but no more
- * than two blocks for five multiprocessors need: the next kernel's blocks load their weights beside
- * them (measured on an H100). Else a block for each multiprocessor. */
+/* Row tiles of a block, for few tokens: two blocks a multiprocessor where kernels overlap, as the
+ * next kernel's load their weights beside this one's; else one (measured on an H100). */
 static int32_t step_of(const bc_gpu *gpu, const bc_linear *job) {
   if (job->step) return job->step;
   int64_t tiles = ceil_div(job->N, TILE_ROWS), most = MOST_STEP / pairs_of(job);
-  if (!job->early || gpu->major < 9) return least(ceil_div(tiles, gpu->processors), most);
-  int64_t fits = BLOCK_UNITS / ((int64_t)units_of(job) * pairs_of(job));
-  int32_t step = least(least(ceil_div(5 * tiles, 2 * gpu->processors), fits), most);
-  return step < 1 ? 1 : step;
+  int blocks = gpu->processors * (job->early && gpu->major >= 9 ? 2 : 1);
+  return least(ceil_div(tiles, blocks), most);
 }
 
 static int64_t decode_shared(const bc_gpu *gpu, const bc_linear *job, int tokens) {
@@ -373,41 +364,63 @@ typedef struct Tile { /* of a product with many tokens */
 } Tile;
 static const Tile mma = {BC_GEMM, GEMM_TOKENS, BC_GEMM_THREADS, 0};
 static const Tile hopper[] = {BC_TILES};
+enum { TILES = sizeof hopper / sizeof *hopper };
 
-/* Blocks of rows, whole clusters. */
-static int64_t clustered(const bc_linear *job) {
-  return ceil_div(job->N, BC_GEMM_ROWS * BC_WGMMA_CLUSTER) * BC_WGMMA_CLUSTER;
+/* What a unit of a tile costs, about: 0.27 us and 2 ns a token (measured on an H100); and a tile and
+ * a launch, in units. */
+enum { UNIT_COST = 135, TILE_COST = 4, LAUNCH_COST = 6 };
+
+static int64_t cost_of(const bc_gpu *gpu, const bc_linear *job, const Tile *h, int64_t M) {
+  int64_t tiles = ceil_div(job->N, BC_GEMM_ROWS) * ceil_div(M, h->tokens);
+  int64_t turns = ceil_div(tiles, gpu->processors);
+  return (turns * (units_of(job) + TILE_COST) + LAUNCH_COST) * (UNIT_COST + h->tokens);
 }
 
-/* The tile whose turns on the multiprocessors cost least. */
-static const Tile *choose_tile(const bc_gpu *gpu, const bc_linear *job) {
-  const Tile *best = &mma;
-  int64_t least_cost = 0;
-  if (!gpu->kernel[hopper[0].kernel] || job->tile == BC_MMA_TILE) return best;
-  if (job->tile > 0) return &hopper[job->tile - 1];
-  for (size_t i = 0; i < sizeof hopper / sizeof *hopper; i++) {
-    const Tile *h = &hopper[i];
-    int64_t tiles = clustered(job) * ceil_div(job->M, h->tokens);
-    int64_t cost = ceil_div(tiles, gpu->processors) * h->tokens;
-    if (i && cost >= least_cost) continue;
-    best = h;
-    least_cost = cost;
+static const Tile *best_tile(const bc_gpu *gpu, const bc_linear *job, int64_t M, int64_t *cost) {
+  const Tile *best = NULL;
+  for (int i = 0; i < TILES; i++) {
+    int64_t own = cost_of(gpu, job, &hopper[i], M);
+    if (best && own >= *cost) continue;
+    best = &hopper[i];
+    *cost = own;
   }
   return best;
 }
 
-static int multiply(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from) {
-  const Tile *h = choose_tile(gpu, job);
-  int64_t blocks = ceil_div(job->N, BC_GEMM_ROWS), columns = ceil_div(job->M, h->tokens);
-  bc_gemm_args a = {.q = from->q,
-                    .s = from->s,
-                    .qsum = from->qsum,
+/* Tiles for the first *M tokens of a product and for the rest: whole turns of large tiles leave the
+ * multiprocessors together, and smaller ones share out what is left. */
+static const Tile *choose_tiles(const bc_gpu *gpu, const bc_linear *job, int64_t *M,
+                                const Tile **rest) {
+  int64_t least_cost, most = *M;
+  *rest = NULL;
+  if (!gpu->kernel[hopper[0].kernel] || job->tile == BC_MMA_TILE) return &mma;
+  if (job->tile > 0) return &hopper[job->tile - 1];
+  const Tile *best = best_tile(gpu, job, most, &least_cost), *first = &hopper[0];
+  int64_t blocks = ceil_div(job->N, BC_GEMM_ROWS), left_cost = 0;
+  int64_t turns = blocks * ceil_div(most, first->tokens) / gpu->processors;
+  int64_t whole = turns * gpu->processors / blocks * first->tokens;
+  if (!whole || whole >= most) return best;
+  const Tile *last = best_tile(gpu, job, most - whole, &left_cost);
+  if (cost_of(gpu, job, first, whole) + left_cost >= least_cost) return best;
+  *M = whole;
+  *rest = last;
+  return first;
+}
+
+static int multiply_part(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from,
+                         const Tile *h, int64_t first, int64_t M) {
+  int64_t blocks = ceil_div(job->N, BC_GEMM_ROWS), columns = ceil_div(M, h->tokens);
+  int64_t results = first * job->N * (job->type_y == FLOAT ? 4 : 2);
+  const char *residual = job->residual;
+  bc_gemm_args a = {.q = from->q + first / TOKENS * TOKEN_UNIT,
+                    .s = from->s + first,
+                    .qsum = from->qsum + first,
                     .w = job->w,
                     .w_scale = job->w_scale,
                     .bias = job->bias,
-                    .residual = job->residual,
-                    .y = job->y,
-                    .M = job->M,
+                    .residual = residual ? residual + results : NULL,
+                    .y = (char *)job->y + results,
+                    .M = (int32_t)M,
                     .N = job->N,
                     .units = units_of(job),
                     .token_groups = from->groups,
@@ -415,8 +428,8 @@ static int multiply(const bc_gpu *gpu, void *stream, const bc_linear *job, const
                     .blocks = (int32_t)blocks,
                     .type_y = job->type_y,
                     .has_bias = job->bias != NULL,
-                    .has_residual = job->residual != NULL,
-                    .direct = job->type_y != FLOAT && !job->residual && job->N % 8 == 0 &&
+                    .has_residual = residual != NULL,
+                    .direct = job->type_y != FLOAT && !residual && job->N % 8 == 0 &&
                               aligned(job->y)};
   int64_t stages = (int64_t)BC_GEMM_STAGES * GEMM_TOKENS * UNIT_COLUMNS;
   int64_t finished = (int64_t)GEMM_TOKENS * (BC_GEMM_ROWS + BC_GEMM_PAD) * 4;
@@ -424,9 +437,15 @@ static int multiply(const bc_gpu *gpu, void *stream, const bc_linear *job, const
   if (h == &mma)
     return launch(gpu, stream, h->kernel, blocks, columns, h->threads,
                   stages > finished ? stages : finished, arguments, job->early);
-  int64_t most = gpu->processors / BC_WGMMA_CLUSTER * BC_WGMMA_CLUSTER;
-  return launch(gpu, stream, h->kernel, least(clustered(job) * columns, most), 1, h->threads,
+  return launch(gpu, stream, h->kernel, least(blocks * columns, gpu->processors), 1, h->threads,
                 h->shared, arguments, job->early);
+}
+
+static int multiply(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from) {
+  int64_t M = job->M;
+  const Tile *rest, *tile = choose_tiles(gpu, job, &M, &rest);
+  int result = multiply_part(gpu, stream, job, from, tile, 0, M);
+  return result || !rest ? result : multiply_part(gpu, stream, job, from, rest, M, job->M - M);
 }
 
 int bc_cuda_linear(const bc_gpu *gpu, void *stream, const bc_linear *job, void *scratch) {

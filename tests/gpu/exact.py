@@ -209,8 +209,10 @@ def products(seed: int, quick: bool) -> Iterator[Callable[[Launcher], None]]:
         return
     for N, K in ((2560, 2560), (3840, 2560), (13824, 2560), (2560, 6912)):
         for M in (1, 3, 16, 33, 512):
-            for tile in tiles if M > 16 else (0,):
+            for tile in (0, *tiles) if M > 16 else (0,):
                 yield partial(large, seed=seed + M, N=N, K=K, M=M, tile=tile)
+    yield partial(large, seed=seed, N=2560, K=2560, M=1700)  # tiles of two sizes
+    yield partial(large, seed=seed, N=512, K=9984, M=1)  # a row too long for the fused kernels
 
 
 def check(launcher: Launcher, seed: int, quick: bool = False) -> int:

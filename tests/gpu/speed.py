@@ -218,7 +218,10 @@ def tune_prefill(launcher: Launcher) -> None:
         for M in (512, 1024, 2048, 4096):
             int8 = attempt(lambda N=N, K=K, M=M: cublaslt_int8(N, K, M))
             bf16 = attempt(lambda N=N, K=K, M=M: cublas_bf16(N, K, M))
-            tops = [f"int8Lt:{2 * N * K * M / int8 / 1e12:.0f} bf16:{2 * N * K * M / bf16 / 1e12:.0f}"]
+            tops = []
+            t = ours(launcher, weights.linears(M, quantised=True, early=True))
+            tops.append(f"own choice:{2 * N * K * M / t / 1e12:.0f} {int8 / t:.2f} {bf16 / t:.2f}")
+            tops += [f"int8Lt:{2 * N * K * M / int8 / 1e12:.0f} bf16:{2 * N * K * M / bf16 / 1e12:.0f}"]
             for number, tile in enumerate(VARIANTS["tiles"], 1):
                 t = ours(launcher, weights.linears(M, quantised=True, early=True, tile=number))
                 tops.append(f"{tile}:{2 * N * K * M / t / 1e12:.0f}")

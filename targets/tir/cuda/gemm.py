@@ -2,8 +2,8 @@
 
 Two schedules read the same weights and activations. ``gemm``: ``mma.sync`` (sm_80 and later),
 tokens by asynchronous copies, weights from registers. ``wgmma`` (sm_90a): a block makes one tile
-after the other; one warpgroup unpacks weights into shared memory and copies tokens there, two multiply, and
-results leave while the next tile is made.
+after the other; one thread brings tokens by bulk copies, two warpgroups load and unpack weights into registers
+and multiply with tokens in shared memory, and results leave while the next tile is made.
 """
 
 from __future__ import annotations
@@ -218,18 +218,10 @@ def gemm(name: str) -> Any:
 # --- wgmma ----------------------------------------------------------------------------------------
 
 WORKERS = 256
-"""Two warpgroups of 64 rows each; a third brings the operands."""
+"""Two warpgroups of 64 rows each; a warp of a third brings the operands."""
 HOPPER_THREADS = WORKERS + 128
-CLUSTER = 2
-"""Blocks that work on neighbouring rows and the same tokens: each copies its share to all of them."""
-WORKER_REGISTERS, OTHER_REGISTERS = 216, 72
+WORKER_REGISTERS, OTHER_REGISTERS = 240, 24
 """Of a thread: the three warpgroups start with 168 each; the last gives up what the others take."""
-UNPACKED = ROWS * UNIT_COLUMNS
-"""Bytes of a unit of the block's weights as int8."""
-AHEAD = 4
-"""Units of weights that a warp loads before it unpacks them."""
-PAIR = 2
-"""Row tiles of a warp that unpacks."""
 OUT_PITCH = 2 * ROWS + 16
 """Bytes between tokens of a finished tile of 16-bit values: no bank conflicts."""
 
@@ -240,7 +232,11 @@ class Tile:
 
     tokens: int
     stages: int
-    """Units of tokens and weights under way or in use."""
+    """Units of tokens under way or in use."""
+    span: int
+    """Units that a warpgroup multiplies in one turn: small products are not worth one each."""
+    ahead: int = 4
+    """Units of weights that a warp has under way, an even number."""
 
     @property
     def name(self) -> str:
@@ -249,8 +245,8 @@ class Tile:
 
     @property
     def stage(self) -> int:
-        """Bytes of a stage: tokens, then weights as int8."""
-        return self.tokens * UNIT_COLUMNS + UNPACKED
+        """Bytes of a stage."""
+        return self.tokens * UNIT_COLUMNS
 
     @property
     def shared(self) -> int:
@@ -262,25 +258,36 @@ class Tile:
 
 
 def wgmma_source(tokens: int) -> str:
-    """``bc_wgmma_N``: starts 64 rows by ``tokens`` tokens by 128 columns; ``..._wait`` ends all."""
+    """64 rows by ``tokens`` tokens by 128 columns: ``bc_wgmma_N`` starts them, all but the last part
+    as one group; before it may come ``bc_wgmma_N_more``. ``bc_wgmma_N_wait`` ends all.
+    """
     n = tokens // 2
     results = ", ".join(f'"+r"(d[{i}])' for i in range(n))
     names = ", ".join(f"%{i}" for i in range(n))
-    products = "\n".join(
-        f'    "wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.s8.s8 {{{names}}}, '
-        f'%{n + t}, %{n + 4 + t}, p;\\n"'
-        for t in range(4)
-    )
-    operands = ", ".join(f'"l"({x} + {2 * t})' for x in "ab" for t in range(4))  # of 16 bytes
-    return f"""
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-BC_INLINE void bc_wgmma_{tokens}(int* d, uint64_t a, uint64_t b) {{
+    products = []
+    for t in range(4):
+        a = ", ".join(f"%{n + 4 * t + i}" for i in range(4))
+        products.append(
+            f'"wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.s8.s8 {{{names}}}, {{{a}}}, '
+            f'%{n + 16 + t}, p;\\n"'
+        )
+    weights = ", ".join(f'"r"(a[{i}])' for i in range(16))
+    tiles = ", ".join(f'"l"(b + {2 * t})' for t in range(4))  # 32 bytes, in units of 16
+    kept = ", ".join(f'"+r"(a[{i}])' for i in range(16))
+    commit = '"wgmma.commit_group.sync.aligned;\\n"'
+    texts = {"": [*products[:3], commit, products[3], commit], "_more": products}
+    functions = "".join(
+        f"""
+BC_INLINE void bc_wgmma_{tokens}{suffix}(int* d, const uint* a, uint64_t b) {{
   asm volatile("{{\\n.reg .pred p;\\nsetp.eq.u32 p, 0, 0;\\nwgmma.fence.sync.aligned;\\n"
-{products}
-    "wgmma.commit_group.sync.aligned;\\n}}" : {results} : {operands} : "memory");
-}}
-BC_INLINE void bc_wgmma_{tokens}_wait(int* d) {{
-  asm volatile("wgmma.wait_group.sync.aligned 0;" : {results} :: "memory");
+    {" ".join(text)} "}}" : {results} : {weights}, {tiles} : "memory");
+}}"""
+        for suffix, text in texts.items()
+    )
+    return f"""
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL){functions}
+BC_INLINE void bc_wgmma_{tokens}_wait(int* d, uint* a) {{
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : {results}, {kept} :: "memory");
 }}
 #endif
 """
@@ -302,9 +309,10 @@ class Ring:
 
 
 def wgmma(name: str, tile: Tile) -> Any:
-    """``y = scaled(W q)``. Grid: clusters of CLUSTER, as many blocks as work at once; ``blocks``: ceil(N / ROWS).
+    """``y = scaled(W q)``. Grid: as many blocks as work at once; ``blocks``: ceil(N / ROWS).
 
-    With ``direct``, 16-bit results of rows that share a scale leave by bulk copies.
+    A warpgroup unpacks the weights of a unit while the tensor cores work for the other. With
+    ``direct``, 16-bit results of rows that share a scale leave by bulk copies.
     """
     stages, count = tile.stages, tile.tokens
 
@@ -322,130 +330,124 @@ def wgmma(name: str, tile: Tile) -> Any:
             call("int32", "__shfl_sync", T.uint32(0xFFFFFFFF), ids.warp, T.int32(0)), "int32"
         )[0]
         out = base + stages * tile.stage
-        rank = ids.block_x % CLUSTER
         grid = variable(read("int32", "bc_grid"), "int32")[0]
-        rows_of = T.floordiv(blocks + (CLUSTER - 1), CLUSTER) * CLUSTER  # a last one may be empty
-        work = rows_of * T.floordiv(M + (count - 1), count)
+        work = blocks * T.floordiv(M + (count - 1), count)
         mine = variable(T.floordiv(work - ids.block_x + grid - 1, grid), "int32")[0]
         with when(ids.thread == 0):
             for i in range(stages):
-                do("bc_barrier_init", at(full, i), T.int32(1 + ROW_TILES // PAIR))
-                do("bc_barrier_init", at(free, i), T.int32(CLUSTER * WORKERS // 32))
+                do("bc_barrier_init", at(full, i), T.int32(1))
+                do("bc_barrier_init", at(free, i), T.int32(WORKERS // 32))
             do("bc_barrier_fence")
-        do("bc_cluster_barrier")
+        barrier()
         do("bc_let_next_start")
 
         def bring() -> None:
-            """The third warpgroup's part: each warp unpacks two row tiles, one copies tokens."""
+            """The tokens, by one lane of the last warpgroup."""
             ring = Ring(stages)
-            helper = warp - WORKERS // 32
-            held = local(AHEAD * PAIR * 4, "uint32")
-            g, c = T.floordiv(ids.lane, 4), ids.lane % 4
-
-            def weights_of(number: Expr, which: int) -> Expr:
-                """Where a tile's weights begin for this lane."""
-                row_tile = (ids.block_x + number * grid) % rows_of * ROW_TILES + helper * PAIR + which
-                word = long(T.min(row_tile, tiles - 1)) * units * UNIT_WORDS + ids.lane * 4
-                return call("uint64", "bc_pointer", at(w, word))
-
-            now, following = (
-                [variable(weights_of(T.int32(0), which), "uint64") for which in range(PAIR)]
-                for _ in range(2)
-            )
-
-            def load(i: int, unit: Expr, inside: Expr) -> None:
-                """Of this tile, or what comes at this place in the next."""
-                byte = T.cast(T.if_then_else(inside, unit, T.min(i, units - 1)), "uint64")
-                for which in range(PAIR):
-                    from_ = T.if_then_else(inside, now[which][0], following[which][0])
-                    do("bc_load_weights_at", at(held, (i * PAIR + which) * 4),
-                       from_ + byte * T.uint64(UNIT_WORDS * 4))  # fmt: skip
-
-            for i in range(AHEAD):
-                load(i, T.int32(i), units > i)
-            copies = T.And(helper == 0, ids.lane == 0)
-            with when(helper == 0):
-                do("bc_wait_for_earlier")
-            own = count * UNIT_COLUMNS + (helper * (PAIR * TILE_ROWS) + g) * UNIT_COLUMNS + c * 4
-            own_row = variable(call("uint32", "bc_shared", at(room, base + own)), "uint32")[0]
-
-            def put_unit(i: int, unit: Expr, first: Expr) -> None:
-                slot = ring.slot[0]
-                do("bc_barrier_wait", at(free, slot), T.bitwise_xor(ring.phase[0], T.int32(1)))
-                with when(copies):
-                    do("bc_barrier_expect", at(full, slot), T.int32(count * UNIT_COLUMNS))
-                    share = count * UNIT_COLUMNS // CLUSTER
-                    start = (long(unit) * token_groups + first) * TOKEN_UNIT + rank * share
-                    to = at(room, base + slot * tile.stage + rank * share)
-                    do("bc_copy_to_all", to, q.data, start, T.int32(share), at(full, slot),
-                       T.int32((1 << CLUSTER) - 1))  # fmt: skip
-                for which in range(PAIR):
-                    to = own_row + T.cast(slot * tile.stage + which * (TILE_ROWS * 128), "uint32")
-                    for t in range(4):
-                        do("bc_unpack", to, held[(i * PAIR + which) * 4 + t], 2 * t, g)
-                do("bc_proxy_fence")
-                do("__syncwarp")
-                with when(ids.lane == 0):
-                    do("bc_barrier_arrive", at(full, slot))
-                ring.advance()
-
+            do("bc_wait_for_earlier")
             with T.serial(mine) as number:
                 tile_of = variable(ids.block_x + number * grid, "int32")[0]
-                first = variable(T.floordiv(tile_of, rows_of) * (count // TOKENS), "int32")[0]
-                with when(number + 1 < mine):
-                    for which in range(PAIR):
-                        put(following[which], weights_of(number + 1, which))
-                with T.serial(T.floordiv(units + (AHEAD - 1), AHEAD)) as turn:
-                    for i in range(AHEAD):
-                        unit = turn * AHEAD + i
-                        with when(unit < units):
-                            put_unit(i, unit, first)
-                        load(i, unit + AHEAD, unit + AHEAD < units)
-                for which in range(PAIR):
-                    put(now[which], following[which][0])
+                first = variable(T.floordiv(tile_of, blocks) * (count // TOKENS), "int32")[0]
+                with T.serial(units) as unit:
+                    slot = ring.slot[0]
+                    do("bc_barrier_wait", at(free, slot), T.bitwise_xor(ring.phase[0], T.int32(1)))
+                    do("bc_barrier_expect", at(full, slot), T.int32(tile.stage))
+                    start = (long(unit) * token_groups + first) * TOKEN_UNIT
+                    do("bc_copy_bulk", at(room, base + slot * tile.stage), q.data, start,
+                       T.int32(tile.stage), at(full, slot))  # fmt: skip
+                    ring.advance()
 
         def work_on() -> None:
             ring = Ring(stages)
             acc = local(count // 2, "int32")
+            held = local(4 * tile.ahead, "uint32")
+            a = [local(16, "uint32") for _ in range(tile.span)]
             group = T.shift_right(warp, 2)
-            last = variable(T.int32(0), "int32")
             row = warp * TILE_ROWS  # in the block
             g, c = T.floordiv(ids.lane, 4), ids.lane % 4
-            own_rows = variable(base + count * UNIT_COLUMNS + group * (UNPACKED // 2), "int32")[0]
-            do("bc_wait_for_earlier")
 
-            def multiply(unit: Expr) -> None:
-                """Start the product of a unit; when it returns, the one before is complete."""
-                slot = ring.slot[0]
-                do("bc_barrier_wait", at(full, slot), ring.phase[0])
-                a = call("uint64", "bc_describe", at(room, own_rows + slot * tile.stage))
-                b = call("uint64", "bc_describe", at(room, base + slot * tile.stage))
-                do(f"bc_wgmma_{count}", at(acc, 0), a, b)
+            def weights_of(number: Expr) -> Expr:
+                """Where a tile's weights begin for this lane."""
+                first = (ids.block_x + number * grid) % blocks * ROW_TILES + warp
+                word = long(T.min(first, tiles - 1)) * units * UNIT_WORDS + ids.lane * 4
+                return call("uint64", "bc_pointer", at(w, word))
+
+            address = variable(weights_of(T.int32(0)), "uint64")
+            following = variable(address[0], "uint64")
+
+            def load(place: int, unit: Expr, from_: Expr) -> None:
+                byte = T.cast(unit, "uint64") * T.uint64(UNIT_WORDS * 4)
+                do("bc_load_unit", at(held, place * 4), from_ + byte, T.int32(1))
+
+            for i in range(tile.ahead):
+                load(i, T.min(i, units - 1), address[0])
+            do("bc_wait_for_earlier")
+            with when(group == 1):
+                do("bc_pass_turn", group)
+
+            def multiply(first: int, unit: Expr, span: int) -> None:
+                """The product of some units; the other warpgroup unpacks meanwhile."""
+                for n in range(span):
+                    for t in range(4):
+                        for f in range(4):
+                            word = held[(first + n) * 4 + t]
+                            codes = T.bitwise_and(
+                                T.shift_right(word, T.uint32(2 * f)), T.uint32(0x03030303)
+                            )
+                            put(a[n], codes, t * 4 + f)
+                slots, operands = [], []
+                for _ in range(span):
+                    slot = variable(ring.slot[0], "int32")[0]
+                    do("bc_barrier_wait", at(full, slot), ring.phase[0])
+                    tokens = at(room, base + slot * tile.stage)
+                    operands.append(variable(call("uint64", "bc_describe", tokens), "uint64")[0])
+                    slots.append(slot)
+                    ring.advance()
+                do("bc_take_turn", group)
+                for n in range(span):
+                    suffix = "_more" if n + 1 < span else ""
+                    do(f"bc_wgmma_{count}{suffix}", at(acc, 0), at(a[n], 0), operands[n])
+                for n in range(span):
+                    load_next(first + n, unit + n)
                 do("bc_wgmma_wait_last")
-                with when(T.And(unit > 0, ids.lane < CLUSTER)):
-                    do("bc_barrier_arrive_at", at(free, last[0]), ids.lane)
-                put(last, slot)
-                ring.advance()
+                do("bc_pass_turn", group)
+                for n in range(span):
+                    do(f"bc_wgmma_{count}_wait", at(acc, 0), at(a[n], 0))
+                with when(ids.lane == 0):
+                    for slot in slots:
+                        do("bc_barrier_arrive", at(free, slot))
+
+            def load_next(i: int, unit: Expr) -> None:
+                """What comes next in a place: of this tile, or of the next."""
+                inside = unit + tile.ahead < units
+                from_ = T.if_then_else(inside, address[0], following[0])
+                load(i, T.if_then_else(inside, unit + tile.ahead, T.min(i, units - 1)), from_)
 
             with T.serial(mine) as number:
                 place = variable(ids.block_x + number * grid, "int32")[0]
-                first_n = variable(place % rows_of * ROWS, "int32")[0]
-                first_m = variable(T.floordiv(place, rows_of) * count, "int32")[0]
+                first_n = variable(place % blocks * ROWS, "int32")[0]
+                first_m = variable(T.floordiv(place, blocks) * count, "int32")[0]
                 own_scale = variable(T.float32(1), "float32")
                 own_total = variable(T.int32(0), "int32")
                 with when(ids.thread < count):
                     m = T.min(first_m + ids.thread, M - 1)
                     put(own_scale, read("float32", "bc_load", s.data, long(m), FLOAT))
                     put(own_total, read("int32", "bc_load_int", qsum.data, long(m)))
-                common = variable(w_scale[T.min(first_n, N - 1)], "float32")[0]
+                common = variable(w_scale[first_n], "float32")[0]
                 other = variable(w_scale[T.min(first_n + ids.thread % ROWS, N - 1)], "float32")[0]
+                with when(number + 1 < mine):
+                    put(following, weights_of(number + 1))
                 with T.unroll(count // 2) as i:
                     put(acc, T.int32(0), i)
-                with T.serial(units) as unit:
-                    multiply(unit)
-                do(f"bc_wgmma_{count}_wait", at(acc, 0))
-                with when(ids.lane < CLUSTER):
-                    do("bc_barrier_arrive_at", at(free, last[0]), ids.lane)
+                rounds = variable(T.floordiv(units, tile.ahead), "int32")[0]
+                with T.serial(rounds) as turn:
+                    for i in range(0, tile.ahead, tile.span):
+                        multiply(i, turn * tile.ahead + i, tile.span)
+                for i in range(tile.ahead - 1):
+                    unit = rounds * tile.ahead + i
+                    with when(unit < units):
+                        multiply(i, unit, 1)
+                put(address, following[0])
 
                 with when(ids.thread < count):
                     put(scale, own_scale[0], ids.thread)
@@ -487,7 +489,7 @@ def wgmma(name: str, tile: Tile) -> Any:
                     do("bc_proxy_fence")
                     do("bc_workers")
                     m = first_m + ids.thread
-                    with when(T.And(ids.thread < count, T.And(m < M, first_n < N))):
+                    with when(T.And(ids.thread < count, m < M)):
                         size = T.min(N - first_n, ROWS) * 2
                         do("bc_store_bulk", y.data, (long(m) * N + first_n) * 2,
                            at(room, out + ids.thread * OUT_PITCH), size)  # fmt: skip
@@ -521,7 +523,7 @@ def wgmma(name: str, tile: Tile) -> Any:
                 work_on()
             with T.Else():
                 do(f"bc_fewer_registers<{OTHER_REGISTERS}>")
-                bring()
-        do("bc_cluster_barrier")  # a block may be gone only when none copies to it any more
+                with when(ids.thread == WORKERS):
+                    bring()
 
     return device_kernel(name, PARAMETERS, HOPPER_THREADS, body)

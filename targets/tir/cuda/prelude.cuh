@@ -206,9 +206,6 @@ BC_INLINE void bc_load_weights(uint* out, const uint* p) {
                : "l"(p) : "memory");
 }
 
-BC_INLINE void bc_load_weights_at(uint* out, uint64_t address) {
-  bc_load_weights(out, (const uint*)address);
-}
 BC_INLINE uint64_t bc_pointer(const void* p) { return (uint64_t)__cvta_generic_to_global(p); }
 /* The same from an address, if `wanted`: no branch, so that the compiler has nowhere to wait. */
 BC_INLINE void bc_load_unit(uint* out, uint64_t address, int wanted) {
@@ -371,24 +368,12 @@ BC_INLINE void bc_barrier_expect(void* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bc_shared(barrier)),
                "r"(bytes) : "memory");
 }
-/* Copies `bytes` (a multiple of 16), of those that the barriers expect, to one place in each block of
- * the cluster in `mask`. */
-BC_INLINE void bc_copy_to_all(void* to, const void* from, int64_t byte, int bytes, void* barrier,
-                              int mask) {
+/* Copies `bytes` (a multiple of 16), of those that the barrier expects. */
+BC_INLINE void bc_copy_bulk(void* to, const void* from, int64_t byte, int bytes, void* barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1], %2, [%3], %4;" ::"r"(bc_shared(to)), "l"((const char*)from + byte), "r"(bytes),
-      "r"(bc_shared(barrier)), "h"((uint16_t)mask) : "memory");
-}
-/* Arrive at the barrier of another block of the cluster, or of this one. */
-BC_INLINE void bc_barrier_arrive_at(void* barrier, int block) {
-  asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(bc_shared(barrier)),
-      "r"(block) : "memory");
-}
-BC_INLINE void bc_cluster_barrier() {
-  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          bc_shared(to)), "l"((const char*)from + byte), "r"(bytes), "r"(bc_shared(barrier))
+      : "memory");
 }
 BC_INLINE void bc_store_bulk(void* to, int64_t byte, const void* from, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
@@ -411,13 +396,12 @@ BC_INLINE int bc_agree(int holds) {
 }
 /* Bytes from p to the next multiple of 1024 in shared memory. */
 BC_INLINE int bc_to_kilobyte(const void* p) { return (int)(-bc_shared(p) & 1023); }
-/* A lane's 16 weights of 32 columns as int8: rows g and g + 8, pieces p and p + 1 of 16 columns. */
-BC_INLINE void bc_unpack(uint address, uint w, int p, int g) {
-  uint first = address + ((p ^ g) << 4), second = address + (((p + 1) ^ g) << 4);
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(first), "r"(w & 0x03030303u) : "memory");
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(first + 1024), "r"(w >> 2 & 0x03030303u) : "memory");
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(second), "r"(w >> 4 & 0x03030303u) : "memory");
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(second + 1024), "r"(w >> 6 & 0x03030303u) : "memory");
+/* One warpgroup after the other has the tensor cores: wait for the own turn, give the other one its. */
+BC_INLINE void bc_take_turn(int group) {
+  asm volatile("barrier.sync %0, 256;" ::"r"(2 + group) : "memory");
+}
+BC_INLINE void bc_pass_turn(int group) {
+  asm volatile("barrier.arrive %0, 256;" ::"r"(3 - group) : "memory");
 }
 /* Ends all groups of products but the last. */
 BC_INLINE void bc_wgmma_wait_last() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
