@@ -211,6 +211,7 @@ static int64_t gemv_shared(const bc_linear *job) {
 /* How a job with few tokens is done: FUSED, or its tokens; 0 if it takes a gemm. */
 static int decode_kind(const bc_gpu *gpu, const bc_linear *job) {
   int64_t room = gpu->shared_limit - 1024;
+  if (job->group_size) return 0;
   int alone = job->M == 1 && job->gate_in < 0 && !job->quantised && !job->split;
   if (alone && job->K % 4 == 0 && job->K <= BC_FUSED_LONGEST && aligned(job->x) &&
       aligned(job->gamma) && fused_shared(gpu, job) <= room)
@@ -448,14 +449,73 @@ static int multiply(const bc_gpu *gpu, void *stream, const bc_linear *job, const
   return result || !rest ? result : multiply_part(gpu, stream, job, from, rest, M, job->M - M);
 }
 
+static int multiply_groups(const bc_gpu *gpu, void *stream, const bc_linear *job,
+                           const Tokens *from) {
+  int64_t tiles = ceil_div(job->N, TILE_ROWS);
+  bc_grouped_args a = {.q = from->q,
+                       .s = from->s,
+                       .w = job->w,
+                       .w_scale = job->w_scale,
+                       .bias = job->bias,
+                       .residual = job->residual,
+                       .y = job->y,
+                       .M = job->M,
+                       .N = job->N,
+                       .units = units_of(job),
+                       .token_groups = from->groups,
+                       .tiles = (int32_t)tiles,
+                       .groups = (int32_t)ceil_div(job->K, job->group_size),
+                       .group_blocks = job->group_size / 16,
+                       .type_y = job->type_y,
+                       .has_bias = job->bias != NULL,
+                       .has_residual = job->residual != NULL};
+  return launch(gpu, stream, BC_GROUPED, ceil_div(tiles, BC_GROUPED_WARPS),
+                ceil_div(job->M, TOKENS), BC_GROUPED_WARPS * 32, 0, (void *[])BC_GROUPED_ARGS(a),
+                job->early);
+}
+
 int bc_cuda_linear(const bc_gpu *gpu, void *stream, const bc_linear *job, void *scratch) {
   int kind = decode_kind(gpu, job);
   if (kind == FUSED) return fused(gpu, stream, job);
   Tokens quantised = take_tokens(job, scratch);
   int result = job->quantised ? 0 : quantise(gpu, stream, job, &quantised);
   if (result) return result;
+  if (job->group_size) return multiply_groups(gpu, stream, job, &quantised);
   if (kind == 1) return gemv(gpu, stream, job, &quantised);
   return kind ? decode(gpu, stream, job, &quantised, kind) : multiply(gpu, stream, job, &quantised);
+}
+
+static int64_t head_width(const bc_table *job) { return ceil_div(job->K, job->block) * job->block; }
+
+int64_t bc_cuda_head_scratch(const bc_table *job) {
+  return 2 * padded(job->M * head_width(job)) + padded((int64_t)job->M * 4);
+}
+
+int bc_cuda_head(const bc_gpu *gpu, void *stream, const bc_table *job, void *scratch) {
+  int64_t width = head_width(job), bytes = padded(job->M * width);
+  int wide = job->bits == 8;
+  char *hi = scratch, *lo = hi + bytes, *s = lo + bytes;
+  bc_head_quantize_args q = {.x = job->x,
+                             .hi = hi,
+                             .lo = lo,
+                             .s = s,
+                             .K = job->K,
+                             .width = (int32_t)width,
+                             .type = job->type_x};
+  bc_head_args a = {.table = job->table,
+                    .scale = job->scale,
+                    .hi = hi,
+                    .lo = lo,
+                    .s = s,
+                    .y = job->y,
+                    .V = job->V,
+                    .B = (int32_t)ceil_div(job->K, job->block),
+                    .per_block = job->block * job->bits / 512};
+  int result = launch(gpu, stream, wide ? BC_HEAD_QUANTIZE8 : BC_HEAD_QUANTIZE4, job->M, 1,
+                      BC_HEAD_THREADS, 0, (void *[])BC_HEAD_QUANTIZE_ARGS(q), job->early);
+  if (result) return result;
+  return launch(gpu, stream, wide ? BC_HEAD8 : BC_HEAD4, ceil_div(job->V, BC_HEAD_ROWS), job->M,
+                BC_HEAD_THREADS, 0, (void *[])BC_HEAD_ARGS(a), job->early);
 }
 
 int bc_cuda_read(const bc_gpu *gpu, void *stream, const void *data, int64_t bytes, void *out) {

@@ -38,6 +38,8 @@ typedef struct bc_linear {
   int32_t M, N, K;
   int32_t type_x, type_y;    /* ONNX element types */
   int32_t gate_in, gate_out; /* gate_out: W has 2N rows and y is act(gate) * up */
+  int32_t group_size; /* columns under one scale, a multiple of 16; 0: a whole row. With groups w_scale
+                         is [ceil(N / 16), G, 16] */
   float eps;
   int32_t early; /* weights are constants: they may be read while the kernel before still runs */
   int32_t quantised;  /* scratch holds the quantised rows already, of a call with the same job */
@@ -46,6 +48,14 @@ typedef struct bc_linear {
   int32_t tile;  /* number in BC_TILES or BC_GEMVS, from 1; BC_MMA_TILE: mma.sync */
   int32_t split; /* one token: norm and product in kernels of their own */
 } bc_linear;
+
+/* y [M, V] float32 = logits of x [M, K] of type_x against a table [V, B, block * bits / 8] */
+typedef struct bc_table {
+  const void *x, *table;
+  const float *scale; /* [V, B] */
+  float *y;
+  int32_t M, V, K, type_x, bits, block, early;
+} bc_table;
 
 /* The GPU of the calling thread's context, ready to launch; NULL and *error if there is none. */
 const bc_gpu *bc_cuda_gpu(const char **error);
@@ -58,6 +68,9 @@ const char *bc_cuda_error(int result);
 int64_t bc_cuda_linear_scratch(const bc_gpu *gpu, const bc_linear *job);
 /* Put a job on a stream: 0, or the driver's error. */
 int bc_cuda_linear(const bc_gpu *gpu, void *stream, const bc_linear *job, void *scratch);
+/* The same for a head. */
+int64_t bc_cuda_head_scratch(const bc_table *job);
+int bc_cuda_head(const bc_gpu *gpu, void *stream, const bc_table *job, void *scratch);
 /* Read `bytes` of memory and do nothing with them; out has room for a word. */
 int bc_cuda_read(const bc_gpu *gpu, void *stream, const void *data, int64_t bytes, void *out);
 /* Whether a product can gate its own result. */

@@ -14,7 +14,15 @@ import torch
 
 from bitcompile import numerics
 from bitcompile.packing import CUDA_TILE, PackedTernary
-from tests.gpu.launch import GATES, NO_GATE, VARIANTS, Launcher, Linear
+from tests.gpu.launch import (
+    GATES,
+    NO_GATE,
+    TYPES,
+    VARIANTS,
+    Launcher,
+    Linear,
+    TableJob,
+)
 
 SHAPES = ((1, 1), (16, 128), (17, 129), (70, 100), (129, 257), (200, 640), (333, 1021), (260, 2050))
 TOKENS = (1, 2, 5, 8, 9, 16, 17, 40, 129, 300)
@@ -155,6 +163,42 @@ def glu(launcher: Launcher, case: Case, gate: int, sub_norm: bool, split: int = 
     same(what, down.y, case.narrow(y.astype(np.float32)))
 
 
+def grouped(launcher: Launcher, case: Case, group_size: int) -> None:
+    """NormBitLinear with a scale per group of columns."""
+    weight = case.rng.integers(-1, 2, (case.N, case.K)).astype(np.int8)
+    scale = case.rng.random((case.N, -(-case.K // group_size))).astype(np.float32) + 0.01
+    packed = PackedTernary.pack(weight, scale, CUDA_TILE, group_size)
+    stored = CUDA_TILE.encode_scale(packed.scale, group_size)
+    product = Linear(case.x, on_gpu(packed.data), on_gpu(stored), (case.N, case.K), case.dtype,
+                     gamma=on_gpu(case.gamma), bias=on_gpu(case.bias), residual=case.residual,
+                     group_size=group_size, early=1)  # fmt: skip
+    launcher.linear(product.job(), product.scratch(launcher))
+    torch.cuda.synchronize()
+    normed = numerics.rms_norm(case.wide(case.x), case.gamma, 1e-5)
+    y = numerics.ternary_matmul(normed, weight, packed.scale, group_size)
+    y = (y + case.bias) + case.wide(case.residual)
+    assert product.y is not None
+    same(f"grouped {case.M}x{case.N}x{case.K} {case.dtype} by {group_size}", product.y,
+         case.narrow(y.astype(np.float32)))  # fmt: skip
+
+
+def head(launcher: Launcher, case: Case, bits: int) -> None:
+    """HeadLinear."""
+    block = 128
+    blocks = -(-case.K // block)
+    codes = case.rng.integers(0, 256, (case.N, blocks, block * bits // 8)).astype(np.uint8)
+    scale = case.rng.random((case.N, blocks)).astype(np.float32)
+    table, scales = on_gpu(codes), on_gpu(scale)
+    y = torch.full((case.M, case.N), float("nan"), device="cuda")
+    launcher.head(TableJob(
+        x=case.x.data_ptr(), table=table.data_ptr(), scale=scales.data_ptr(), y=y.data_ptr(),
+        M=case.M, V=case.N, K=case.K, type_x=TYPES[case.dtype], bits=bits, block=block, early=1,
+    ))  # fmt: skip
+    torch.cuda.synchronize()
+    expected = numerics.head_matmul(case.wide(case.x), codes, scale, bits)
+    same(f"head {case.M}x{case.N}x{case.K} {case.dtype} {bits} bits", y, torch.from_numpy(expected))
+
+
 def large(launcher: Launcher, seed: int, N: int, K: int, M: int, **choice: int) -> None:
     """A product of a real model's size against an exact float32 product of integers."""
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -199,6 +243,9 @@ def products(seed: int, quick: bool) -> Iterator[Callable[[Launcher], None]]:
         yield partial(linear, case=case, norm=bool(number % 2), extras=extras)
         yield partial(linear, case=case, norm=not number % 2, extras=extras)
         yield partial(glu, case=case, gate=number % 4, sub_norm=bool(number % 3))
+        if M in (1, 9, 40):
+            yield partial(grouped, case=case, group_size=16 << number % 5)
+            yield partial(head, case=case, bits=8 >> number % 2)
         for tile in tiles if M > 16 else ():
             yield partial(linear, case=case, norm=True, extras=True, tile=tile)
         if M == 1:

@@ -6,7 +6,6 @@ text that begins with the prelude.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -122,16 +121,6 @@ def rolled(count: Expr) -> Iterator[Expr]:
     """A loop that the compiler leaves one."""
     with T.serial(count, annotations={"disable_unroll": True}) as i:
         yield i
-
-
-STAMPS = bool(os.environ.get("BC_STAMPS"))
-
-
-def stamp(ids: Ids, y: Buffer, N: Expr, i: int, thread: Expr = 0) -> None:
-    """When thread 0 of a block got here."""
-    if STAMPS:
-        with T.If(ids.thread == thread), T.Then():
-            do("bc_stamp", y.data, long(N) * 4, ids.block_x, T.int32(i))
 
 
 def variable(value: Expr, dtype: str) -> Buffer:

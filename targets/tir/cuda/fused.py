@@ -27,7 +27,6 @@ from bitcompile.targets.tir.cuda.device import (
     rolled,
     shared,
     shuffle_xor,
-    stamp,
     variable,
     view,
 )
@@ -165,7 +164,6 @@ def fused(name: str, turns: int, wide: bool, gate: bool) -> Any:
         with rolled(AHEAD) as i:
             load(i, i)
         do("bc_let_next_start")
-        stamp(ids, y, N, 0)
         with when(ids.thread < slots):
             put(room, T.int32(0), sums + ids.thread)
         with when(ids.thread == 0):
@@ -174,7 +172,6 @@ def fused(name: str, turns: int, wide: bool, gate: bool) -> Any:
         column = variable(begin[0] % units, "int32")
 
         do("bc_wait_for_earlier")
-        stamp(ids, y, N, 1)
         own = T.int32(THREADS - 1) - ids.thread  # the last warps have fewer units
         n = base * TILE_ROWS + own
         ends = T.And(own < rows, n < N)
@@ -196,12 +193,10 @@ def fused(name: str, turns: int, wide: bool, gate: bool) -> Any:
                         put(four, row[turn * 4 + j] * row[turn * 4 + j], j)
                     do("bc_store_shared4", at(values, row_at + word * 4), at(four, 0))
             barrier()
-            stamp(ids, y, N, 2)
             with when(ids.warp == 0):
                 summed = ordered_squares(values, row_at, filled * 4, ids.lane)
                 put(norm, reciprocal_rms(summed, K, eps))
             do(f"bc_copy_wait_but<{AHEAD}>")
-            stamp(ids, y, N, 3)
             barrier()
             rstd = norm[0]
             for turn in range(turns):
@@ -218,7 +213,6 @@ def fused(name: str, turns: int, wide: bool, gate: bool) -> Any:
             put(most, bits[0], ids.warp)
         do(f"bc_copy_wait_but<{AHEAD}>")
         barrier()
-        stamp(ids, y, N, 4)
         put(bits, most[ids.lane % WARPS])
         put(bits, call("int32", "__reduce_max_sync", T.uint32(0xFFFFFFFF), bits[0]))
         scale, kept = row_scale(bits[0])
@@ -235,7 +229,6 @@ def fused(name: str, turns: int, wide: bool, gate: bool) -> Any:
         with when(ids.lane == 0):
             do("bc_add_shared", at(total, 0), part[0])
         barrier()
-        stamp(ids, y, N, 5)
         factors = [variable(T.float32(0), "float32") for _ in range(2)]
         with when(ends):
             put(factors[0], call("float32", "__fdiv_rn", values[scales + own], kept))
@@ -279,9 +272,7 @@ def fused(name: str, turns: int, wide: bool, gate: bool) -> Any:
             put(slot_of, slot_of[0] + 1)
             with when(slot_of[0] == AHEAD):
                 put(slot_of, T.int32(0))
-        stamp(ids, y, N, 6)
         barrier()
-        stamp(ids, y, N, 7)
 
         with when(ends):
 
@@ -297,6 +288,5 @@ def fused(name: str, turns: int, wide: bool, gate: bool) -> Any:
             with when(has_residual != 0):
                 put(result, result[0] + call("float32", "bc_from_bits", old[0], type_y))
             do("bc_store", y.data, long(n), result[0], type_y)
-        stamp(ids, y, N, 8)
 
     return device_kernel(name, PARAMETERS, THREADS, body)

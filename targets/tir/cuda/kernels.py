@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from bitcompile.targets.tir.cuda import decode, fused, gemm, gemv, roof, rows
+from bitcompile.targets.tir.cuda import decode, fused, gemm, gemv, grouped, head, roof, rows
 from bitcompile.targets.tir.cuda.device import source
 
 
@@ -46,6 +46,11 @@ KERNELS = (
     DeviceKernel("bc_decode8", partial(decode.decode, tokens=8), 2),
     DeviceKernel("bc_decode16", partial(decode.decode, tokens=16)),
     DeviceKernel("bc_gemm", gemm.gemm, 2),
+    DeviceKernel("bc_grouped", grouped.grouped),
+    DeviceKernel("bc_head_quantize8", partial(head.head_quantize, bits=8)),
+    DeviceKernel("bc_head_quantize4", partial(head.head_quantize, bits=4)),
+    DeviceKernel("bc_head8", partial(head.head, bits=8), 2),
+    DeviceKernel("bc_head4", partial(head.head, bits=4), 2),
     DeviceKernel("bc_read", roof.read, 2),
     *(DeviceKernel(name, partial(gemv.gemv, early=early, extras=extras))
       for name, early, extras in GEMVS),
@@ -71,6 +76,9 @@ SIZES = {
     "BC_GEMM_THREADS": gemm.THREADS,
     "BC_GEMM_STAGES": gemm.STAGES,
     "BC_WGMMA_THREADS": gemm.HOPPER_THREADS,
+    "BC_GROUPED_WARPS": grouped.WARPS,
+    "BC_HEAD_THREADS": head.THREADS,
+    "BC_HEAD_ROWS": head.ROWS,
     "BC_READ_THREADS": roof.THREADS,
     "BC_READ_LOADS": roof.LOADS,
 }
@@ -80,6 +88,9 @@ ARGUMENTS = {
     "gemv": gemv.PARAMETERS,
     "decode": decode.PARAMETERS,
     "gemm": gemm.PARAMETERS,
+    "grouped": grouped.PARAMETERS,
+    "head_quantize": head.QUANTISE_PARAMETERS,
+    "head": head.PARAMETERS,
     "read": roof.PARAMETERS,
 }
 

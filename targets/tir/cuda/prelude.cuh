@@ -158,19 +158,14 @@ BC_INLINE int bc_load_int(const int* p, int64_t i) {
   asm volatile("ld.global.s32 %0, [%1];" : "=r"(v) : "l"(p + i) : "memory");
   return v;
 }
+BC_INLINE int bc_load_int_at(const void* p, int64_t byte) {
+  return bc_load_int((const int*)((const char*)p + byte), 0);
+}
 BC_INLINE void bc_put_int(void* p, int64_t byte, int v) { *(int*)((char*)p + byte) = v; }
 BC_INLINE void bc_load_int4(int* out, const void* p, int64_t byte) {
   asm volatile("ld.global.v4.s32 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "l"((const char*)p + byte) : "memory");
-}
-
-BC_INLINE void bc_stamp(void* p, int64_t byte, int block, int i) {
-  uint t, c;
-  asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(t) :: "memory");
-  asm volatile("mov.u32 %0, %%clock;" : "=r"(c) :: "memory");
-  uint* to = (uint*)((char*)p + (byte + 255) / 256 * 256) + (block * 16 + i) * 2;
-  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(t), "r"(c) : "memory");
 }
 
 /* ---- shared memory --------------------------------------------------------------------------- */
@@ -252,6 +247,16 @@ BC_INLINE int bc_dot_us(uint w, int a, int c) {
   asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(w), "r"(a), "r"(c));
   return d;
 }
+BC_INLINE int bc_dot_ss(int w, int a, int c) {
+  int d;
+  asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(w), "r"(a), "r"(c));
+  return d;
+}
+/* Four codes of a table less their zero point; 4-bit ones times 16, `part` 1 the upper of a byte. */
+BC_INLINE int bc_codes8(uint w, int part) { return (int)(w ^ 0x80808080u); }
+BC_INLINE int bc_codes4(uint w, int part) {
+  return (int)(((part ? w : w << 4) & 0xf0f0f0f0u) ^ 0x80808080u);
+}
 /* fl(a / b), given y = fl(1 / b): two Newton steps on the quotient leave it correctly rounded as long
  * as nothing under- or overflows (P. Markstein, IA-64 and Elementary Functions, 2000, ch. 8). */
 BC_INLINE float bc_divide(float a, float b, float y) {
@@ -283,20 +288,27 @@ BC_INLINE void bc_dot16(int* d, uint w, int b0, int b1) {
   d[2] = bc_dot_us(w & 0x30303030u, b1, d[2]);
   d[3] = bc_dot_us(w & 0xc0c0c0c0u, b1, d[3]);
 }
+BC_INLINE void bc_mma_16(int* d, uint a0, uint a1, int b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
 /* The same without shifts: low += w q[0..15], high += w q[16..31], where rows 8 to 15 of low, and
  * rows of high, count 4, 16 and 64 times. */
-BC_INLINE void bc_mma_scaled(int* low, int* high, uint w, int b0, int b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-      "{%0, %1, %2, %3};"
-      : "+r"(low[0]), "+r"(low[1]), "+r"(low[2]), "+r"(low[3])
-      : "r"(w & 0x03030303u), "r"(w & 0x0c0c0c0cu), "r"(b0));
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-      "{%0, %1, %2, %3};"
-      : "+r"(high[0]), "+r"(high[1]), "+r"(high[2]), "+r"(high[3])
-      : "r"(w & 0x30303030u), "r"(w & 0xc0c0c0c0u), "r"(b1));
+BC_INLINE void bc_mma_low(int* d, uint w, int b) {
+  bc_mma_16(d, w & 0x03030303u, w & 0x0c0c0c0cu, b);
 }
+BC_INLINE void bc_mma_high(int* d, uint w, int b) {
+  bc_mma_16(d, w & 0x30303030u, w & 0xc0c0c0c0u, b);
+}
+BC_INLINE void bc_mma_scaled(int* low, int* high, uint w, int b0, int b1) {
+  bc_mma_low(low, w, b0);
+  bc_mma_high(high, w, b1);
+}
+/* d += the sums of the tokens, in every row. */
+BC_INLINE void bc_mma_ones(int* d, int b) { bc_mma_16(d, 0x01010101u, 0x01010101u, b); }
 BC_INLINE void bc_load_matrix4(int* r, const void* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(bc_shared(p)) : "memory");
