@@ -173,12 +173,14 @@ static int32_t least(int64_t a, int64_t b) { return (int32_t)(a < b ? a : b); }
 static int32_t units_of(const bc_linear *job) { return (int32_t)ceil_div(job->K, UNIT_COLUMNS); }
 static int32_t pairs_of(const bc_linear *job) { return job->gate_out >= 0 ? 2 : 1; }
 
-/* Row tiles of a block, for few tokens: two blocks a multiprocessor where kernels overlap, as the
- * next kernel's load their weights beside this one's; else one (measured on an H100). */
+/* Row tiles of a block, for few tokens. Where kernels overlap, few blocks are best, all the more
+ * with long float32 rows, which every block reads: three for five multiprocessors, and half of that
+ * (measured on an H100). Else one for each. */
 static int32_t step_of(const bc_gpu *gpu, const bc_linear *job) {
   if (job->step) return job->step;
   int64_t tiles = ceil_div(job->N, TILE_ROWS), most = MOST_STEP / pairs_of(job);
-  int blocks = gpu->processors * (job->early && gpu->major >= 9 ? 2 : 1);
+  int64_t blocks = gpu->processors;
+  if (job->early && gpu->major >= 9) blocks = blocks * 3 / (job->type_x == FLOAT ? 10 : 5);
   return least(ceil_div(tiles, blocks), most);
 }
 
@@ -367,8 +369,8 @@ static const Tile mma = {BC_GEMM, GEMM_TOKENS, BC_GEMM_THREADS, 0};
 static const Tile hopper[] = {BC_TILES};
 enum { TILES = sizeof hopper / sizeof *hopper };
 
-/* What a unit of a tile costs, about: 0.27 us and 2 ns a token (measured on an H100); and a tile and
- * a launch, in units. */
+/* What a unit of a tile costs, about: 0.27 us and 2 ns a token (measured on an H100); and a tile
+ * and a launch, in units. */
 enum { UNIT_COST = 135, TILE_COST = 4, LAUNCH_COST = 6 };
 
 static int64_t cost_of(const bc_gpu *gpu, const bc_linear *job, const Tile *h, int64_t M) {
@@ -413,25 +415,25 @@ static int multiply_part(const bc_gpu *gpu, void *stream, const bc_linear *job, 
   int64_t blocks = ceil_div(job->N, BC_GEMM_ROWS), columns = ceil_div(M, h->tokens);
   int64_t results = first * job->N * (job->type_y == FLOAT ? 4 : 2);
   const char *residual = job->residual;
-  bc_gemm_args a = {.q = from->q + first / TOKENS * TOKEN_UNIT,
-                    .s = from->s + first,
-                    .qsum = from->qsum + first,
-                    .w = job->w,
-                    .w_scale = job->w_scale,
-                    .bias = job->bias,
-                    .residual = residual ? residual + results : NULL,
-                    .y = (char *)job->y + results,
-                    .M = (int32_t)M,
-                    .N = job->N,
-                    .units = units_of(job),
-                    .token_groups = from->groups,
-                    .tiles = (int32_t)ceil_div(job->N, TILE_ROWS),
-                    .blocks = (int32_t)blocks,
-                    .type_y = job->type_y,
-                    .has_bias = job->bias != NULL,
-                    .has_residual = residual != NULL,
-                    .direct = job->type_y != FLOAT && !residual && job->N % 8 == 0 &&
-                              aligned(job->y)};
+  bc_gemm_args a = {
+      .q = from->q + first / TOKENS * TOKEN_UNIT,
+      .s = from->s + first,
+      .qsum = from->qsum + first,
+      .w = job->w,
+      .w_scale = job->w_scale,
+      .bias = job->bias,
+      .residual = residual ? residual + results : NULL,
+      .y = (char *)job->y + results,
+      .M = (int32_t)M,
+      .N = job->N,
+      .units = units_of(job),
+      .token_groups = from->groups,
+      .tiles = (int32_t)ceil_div(job->N, TILE_ROWS),
+      .blocks = (int32_t)blocks,
+      .type_y = job->type_y,
+      .has_bias = job->bias != NULL,
+      .has_residual = residual != NULL,
+      .direct = job->type_y != FLOAT && !residual && job->N % 8 == 0 && aligned(job->y)};
   int64_t stages = (int64_t)BC_GEMM_STAGES * GEMM_TOKENS * UNIT_COLUMNS;
   int64_t finished = (int64_t)GEMM_TOKENS * (BC_GEMM_ROWS + BC_GEMM_PAD) * 4;
   void **arguments = (void *[])BC_GEMM_ARGS(a);
@@ -521,6 +523,5 @@ int bc_cuda_head(const bc_gpu *gpu, void *stream, const bc_table *job, void *scr
 int bc_cuda_read(const bc_gpu *gpu, void *stream, const void *data, int64_t bytes, void *out) {
   bc_read_args a = {.data = data, .out = out, .loads = (int32_t)(bytes / 16)};
   int64_t blocks = ceil_div(a.loads, BC_READ_THREADS * BC_READ_LOADS);
-  return launch(gpu, stream, BC_READ, blocks, 1, BC_READ_THREADS, 0, (void *[])BC_READ_ARGS(a),
-                0);
+  return launch(gpu, stream, BC_READ, blocks, 1, BC_READ_THREADS, 0, (void *[])BC_READ_ARGS(a), 0);
 }

@@ -38,11 +38,11 @@ typedef struct bc_linear {
   int32_t M, N, K;
   int32_t type_x, type_y;    /* ONNX element types */
   int32_t gate_in, gate_out; /* gate_out: W has 2N rows and y is act(gate) * up */
-  int32_t group_size; /* columns under one scale, a multiple of 16; 0: a whole row. With groups w_scale
-                         is [ceil(N / 16), G, 16] */
+  int32_t group_size; /* columns under one scale, a multiple of 16; 0: a whole row. With groups
+                         w_scale is [ceil(N / 16), G, 16] */
   float eps;
   int32_t early; /* weights are constants: they may be read while the kernel before still runs */
-  int32_t quantised;  /* scratch holds the quantised rows already, of a call with the same job */
+  int32_t quantised; /* scratch holds the quantised rows already, of a call with the same job */
   /* To compare: 0 leaves the choice here. */
   int32_t step;  /* row tiles of a block, with few tokens */
   int32_t tile;  /* number in BC_TILES or BC_GEMVS, from 1; BC_MMA_TILE: mma.sync */

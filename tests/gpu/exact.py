@@ -195,7 +195,7 @@ def head(launcher: Launcher, case: Case, bits: int) -> None:
         M=case.M, V=case.N, K=case.K, type_x=TYPES[case.dtype], bits=bits, block=block, early=1,
     ))  # fmt: skip
     torch.cuda.synchronize()
-    expected = numerics.head_matmul(case.wide(case.x), codes, scale, bits)
+    expected = numerics.head_matmul(case.wide(case.x), codes, scale[:, :, None], bits)
     same(f"head {case.M}x{case.N}x{case.K} {case.dtype} {bits} bits", y, torch.from_numpy(expected))
 
 

@@ -47,7 +47,7 @@ THREADS = 32 * WARPS
 AHEAD = 8
 """Units of weights a warp has under way."""
 TURNS = (2, 4)
-"""Words of four values that a thread keeps of the row, by the kernel: rows of up to 4096 or 8192."""
+"""Words of four values that a thread keeps of the row, by kernel: of up to 4096 or 8192."""
 STEP_WORDS = UNIT_COLUMNS // 4
 
 PARAMETERS = [
@@ -137,9 +137,7 @@ def fused(name: str, turns: int, wide: bool, gate: bool) -> Any:
         left = variable(T.min(run, whole - begin[0]), "int32")[0]
         word = long((base + pair * tiles) * units + begin[0]) * UNIT_WORDS + ids.lane * 4
         address = variable(call("uint64", "bc_pointer", at(w, word)), "uint64")
-        landing = call(
-            "uint32", "bc_shared", at(room, warp * held * UNIT_WORDS + ids.lane * 4)
-        )
+        landing = call("uint32", "bc_shared", at(room, warp * held * UNIT_WORDS + ids.lane * 4))
         ring = variable(landing, "uint32")[0]
 
         def load(unit: Expr, place: Expr) -> None:
@@ -220,9 +218,7 @@ def fused(name: str, turns: int, wide: bool, gate: bool) -> Any:
         for turn in range(turns):
             word = turn * THREADS + ids.thread
             with when(word < row_words):
-                packed = variable(
-                    call("int32", "bc_quantized4", at(row, turn * 4), scale), "int32"
-                )
+                packed = variable(call("int32", "bc_quantized4", at(row, turn * 4), scale), "int32")
                 put(part, part[0] + call("int32", "bc_sum4", packed[0]))
                 put(room, packed[0], row_at + word)
         put(part, call("int32", "__reduce_add_sync", T.uint32(0xFFFFFFFF), part[0]))

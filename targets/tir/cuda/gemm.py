@@ -2,8 +2,10 @@
 
 Two schedules read the same weights and activations. ``gemm``: ``mma.sync`` (sm_80 and later),
 tokens by asynchronous copies, weights from registers. ``wgmma`` (sm_90a): a block makes one tile
-after the other; one thread brings tokens by bulk copies, two warpgroups load and unpack weights into registers
-and multiply with tokens in shared memory, and results leave while the next tile is made.
+after the other; one thread brings tokens by bulk copies, two warpgroups unpack weights into
+registers and multiply with tokens in shared memory by turns, and results leave while the next tile
+is made. Weights as int8 in shared memory, unpacked by these or a third warpgroup, and tokens shared
+by a cluster of blocks were tried on an H100: no faster, and slower.
 """
 
 from __future__ import annotations
@@ -258,8 +260,10 @@ class Tile:
 
 
 def wgmma_source(tokens: int) -> str:
-    """64 rows by ``tokens`` tokens by 128 columns: ``bc_wgmma_N`` starts them, all but the last part
-    as one group; before it may come ``bc_wgmma_N_more``. ``bc_wgmma_N_wait`` ends all.
+    """Products of 64 rows, ``tokens`` tokens and 128 columns.
+
+    ``bc_wgmma_N`` starts them, all but the last part as one group; before it may come
+    ``bc_wgmma_N_more``. ``bc_wgmma_N_wait`` ends all.
     """
     n = tokens // 2
     results = ", ".join(f'"+r"(d[{i}])' for i in range(n))
@@ -474,17 +478,21 @@ def wgmma(name: str, tile: Tile) -> Any:
                 with when(T.And(direct != 0, alike[0] != 0)):
                     lane_token = ids.lane % 8 + T.floordiv(ids.lane, 16) * 8
                     lane_row = row + T.floordiv(ids.lane, 8) % 2 * 8
-                    to = call("uint32", "bc_shared", at(room, out + lane_token * OUT_PITCH + lane_row * 2))
+                    to = call(
+                        "uint32", "bc_shared", at(room, out + lane_token * OUT_PITCH + lane_row * 2)
+                    )
                     place_of = variable(to, "uint32")[0]
                     four = local(4, "uint32")
                     for j in range(0, count // 8, 2):
                         for i in range(4):
                             half, column = i % 2, j + i // 2
-                            results = [
-                                shared_scale(acc[column * 4 + half * 2 + e], column * 8 + c * 2 + e, half)
+                            pair = [
+                                shared_scale(
+                                    acc[column * 4 + half * 2 + e], column * 8 + c * 2 + e, half
+                                )
                                 for e in range(2)
                             ]
-                            put(four, call("uint32", "bc_narrow2", *results, type_y), i)
+                            put(four, call("uint32", "bc_narrow2", *pair, type_y), i)
                         do("bc_store_matrix4", place_of + T.uint32(j * 8 * OUT_PITCH), at(four, 0))
                     do("bc_proxy_fence")
                     do("bc_workers")
@@ -499,7 +507,9 @@ def wgmma(name: str, tile: Tile) -> Any:
 
                     def results(first: int, by: Callable[[Expr, Expr, int], Expr]) -> None:
                         for half in range(2):
-                            to = variable(begin + c * (2 * (ROWS + PAD)) + row + half * 8 + g, "int32")
+                            to = variable(
+                                begin + c * (2 * (ROWS + PAD)) + row + half * 8 + g, "int32"
+                            )
                             for j in range(part // 8):
                                 for e in range(2):
                                     value = acc[(first // 8 + j) * 4 + half * 2 + e]
@@ -512,8 +522,8 @@ def wgmma(name: str, tile: Tile) -> Any:
                         with when(alike[0] == 0):
                             results(first, own_ratio)
                         do("bc_workers")
-                        finish(ids, done, begin, first_n, first_m + first, part, WORKERS, residual, y,
-                               M, N, type_y, has_residual)  # fmt: skip
+                        finish(ids, done, begin, first_n, first_m + first, part, WORKERS, residual,
+                               y, M, N, type_y, has_residual)  # fmt: skip
                         do("bc_workers")
             do("bc_store_bulk_wait")
 

@@ -25,7 +25,7 @@ from bitcompile.targets.tir.cuda.device import (
     view,
 )
 from bitcompile.targets.tir.cuda.rows import FLOAT
-from bitcompile.targets.tir.cuda.tile import TILE_ROWS, TOKEN_UNIT, UNIT_COLUMNS, UNIT_WORDS
+from bitcompile.targets.tir.cuda.tile import TILE_ROWS, UNIT_COLUMNS, UNIT_WORDS
 from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, when
 
 MOST_WARPS = 24
@@ -65,10 +65,11 @@ def lane_row(acc: Buffer, lane: Expr) -> Expr:
 
 
 def gemv(name: str, early: bool, extras: bool) -> Any:
-    """``y = scaled(W q)`` for one row, of at most LONGEST columns. ``early``: the kernel before may
-    still run. ``extras``: plus bias ``[N]`` and residual like y, where there are.
+    """``y = scaled(W q)`` for one row of at most LONGEST columns.
 
-    Grid: tiles. Threads: 32 * (``warps`` + 1); the last warp scales the sums. Dynamic shared memory: the row's units (128 bytes) and 16 sums.
+    ``early``: the kernel before may still run. ``extras``: plus bias ``[N]`` and residual like y,
+    where there are. Grid: tiles. Threads: 32 * (``warps`` + 1); the last warp scales the sums.
+    Dynamic shared memory: the row's units (128 bytes) and 16 sums.
     """
 
     def body(ids: Ids, q: Buffer, s: Buffer, qsum: Buffer, w: Buffer, w_scale: Buffer, bias: Buffer,

@@ -47,8 +47,8 @@ PARAMETERS = [
 def grouped(name: str) -> Any:
     """``y[m, n] = fl(1 / s[m]) * sum_j fl(w_scale[n, j] * fl(acc[m, n, j]))``, bias and residual.
 
-    ``w_scale``: ``[tiles, groups, 16]``; a group has ``group_blocks`` times 16 columns, the last maybe
-    fewer. Grid: ceil(tiles / WARPS), ceil(M / 8).
+    ``w_scale``: ``[tiles, groups, 16]``; a group has ``group_blocks`` times 16 columns, the last
+    maybe fewer. Grid: ceil(tiles / WARPS), ceil(M / 8).
     """
 
     def body(ids: Ids, q: Buffer, s: Buffer, w: Buffer, w_scale: Buffer, bias: Buffer,
