@@ -272,6 +272,20 @@ class Decoder:
         return statistics.median(times)
 
 
+def kernel_times(decoder: Decoder, past: int, steps: int = 10) -> None:
+    """What each kernel takes of a decode step, by CUPTI. Those that start early wait meanwhile."""
+    from torch.profiler import ProfilerActivity, profile
+
+    decoder.step(1, past)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(steps):
+            decoder.step(1, past)
+    rows = sorted(profiled.key_averages(), key=lambda row: -row.self_device_time_total)
+    for row in rows[:14]:
+        time, launches = row.self_device_time_total / steps, row.count / steps
+        print(f"   {row.key[:70]:70} {time:8.1f} us a token, {launches:.0f} launches")
+
+
 def measure_shape(library: Path, folder: Path, context: int) -> None:
     """Decode with and without a CUDA graph, and prefill."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -286,6 +300,7 @@ def measure_shape(library: Path, folder: Path, context: int) -> None:
                 print(f"decode after {past} tokens, CUDA graph {graph}: {t * 1e3:.3f} ms, "
                       f"{1 / t:.0f} tokens/s", flush=True)  # fmt: skip
             if not graph:
+                kernel_times(decoder, 16)
                 for tokens in (512, 2048):
                     t = decoder.seconds(tokens, 0, 5)
                     print(f"prefill of {tokens}: {t * 1e3:.1f} ms, {tokens / t:.0f} tokens/s")
