@@ -181,7 +181,8 @@ static int32_t step_of(const bc_gpu *gpu, const bc_linear *job) {
   int64_t tiles = ceil_div(job->N, TILE_ROWS), most = MOST_STEP / pairs_of(job);
   int64_t blocks = gpu->processors;
   int early = job->early && gpu->major >= 9;
-  if (early) blocks = job->gate_out >= 0 ? blocks * 5 / 3 : blocks * 5 / (job->type_x == FLOAT ? 16 : 8);
+  if (early)
+    blocks = job->gate_out >= 0 ? blocks * 5 / 3 : blocks * 5 / (job->type_x == FLOAT ? 16 : 8);
   return least(ceil_div(tiles, blocks), most);
 }
 

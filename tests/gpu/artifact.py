@@ -24,8 +24,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 TIE = 0.2
-"""Logits of float16 activations closer than this may swap ranks: at a place where the CPU artifact's
-two best are 0.17 apart, the float16 graph's own fallback on a CPU takes either, by the head."""
+"""Logits of float16 activations closer than this may swap ranks: where the CPU artifact's two best
+are 0.17 apart, the float16 graph's own fallback on a CPU takes either of them, by the head."""
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, SIZE, VOCAB = 30, 2560, 6912, 20, 5, 128, 128256
 QKV = (HEADS + 2 * KV_HEADS) * SIZE
 
