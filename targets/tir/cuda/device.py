@@ -140,13 +140,6 @@ def long(value: Expr) -> Expr:
     return T.cast(value, "int64")
 
 
-@contextmanager
-def otherwise(condition: Expr) -> Iterator[None]:
-    """Statements where a run-time condition does not hold."""
-    with T.If(T.Not(condition)), T.Then():
-        yield
-
-
 ARITHMETIC = Arithmetic(
     exact=lambda value, lanes: variable(value, "float32")[0],
     divide=lambda a, b, lanes: variable(call("float32", "__fdiv_rn", a, b), "float32")[0],
