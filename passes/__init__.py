@@ -11,7 +11,6 @@ from bitcompile.passes.fuse_rms_norm import FuseRmsNorm
 from bitcompile.passes.last_logits import LastLogits
 from bitcompile.passes.merge_projections import MergeProjections
 from bitcompile.passes.name_nodes import NameNodes
-from bitcompile.passes.narrow_activations import NarrowActivations
 from bitcompile.passes.pack_attention import PackAttention
 from bitcompile.passes.quantize_head import QuantizeHead
 from bitcompile.passes.strip_metadata import StripMetadata
@@ -38,13 +37,9 @@ def pipeline(options: Options) -> tuple[Pass, ...]:
     )
 
 
-def finishing(activations: str = "float32") -> tuple[Pass, ...]:
-    """The passes after lowering, when every weight lies in the target's layout.
-
-    ``activations``: element type of what passes between operators, see ``Target.activations``.
-    """
+def finishing() -> tuple[Pass, ...]:
+    """The passes after lowering, when every weight lies in the target's layout."""
     return (
-        *((NarrowActivations(),) if activations == "float16" else ()),
         StripMetadata(),
         NameNodes(),
         AttachFunctions(),

@@ -10,12 +10,10 @@ import tvm
 from tvm import s_tir, tirx
 
 
-def lowering(text: bool = False) -> list[Any]:
+def _passes() -> list[Any]:
     """TVM's lowering without MakePackedAPI, and without LowerTVMBuiltin.
 
     The latter would turn local arrays of 1 KiB and more into runtime workspace calls.
-    ``text``: for a generator of source text, which declares arrays with constant extents alone and
-    finds the alignment of a vector load in its index, where a variable would hide it.
     """
     t, s = tirx.transform, s_tir.transform
     return [
@@ -23,7 +21,7 @@ def lowering(text: bool = False) -> list[Any]:
         s.LowerInitBlock(),
         s.PlanAndUpdateBufferAllocationLocation(),
         s.ConvertBlocksToOpaque(),
-        *([] if text else [s.CompactBufferAllocation()]),
+        s.CompactBufferAllocation(),
         s.LowerMatchBuffer(),
         s.StmtSimplify(),
         s.LowerOpaqueBlock(),
@@ -38,7 +36,7 @@ def lowering(text: bool = False) -> list[Any]:
         t.StmtSimplify(),
         t.RemoveNoOp(),
         s.RewriteUnsafeSelect(),
-        *([] if text else [t.CommonSubexprElim()]),
+        t.CommonSubexprElim(),
         t.LowerIntrin(),
     ]
 
@@ -57,7 +55,7 @@ def compile_object(functions: Mapping[str, Any], target: Mapping[str, Any], path
             for symbol, function in functions.items()
         }
     )
-    lowered = tvm.ir.transform.Sequential(lowering())(module)
+    lowered = tvm.ir.transform.Sequential(_passes())(module)
     built = tvm.get_global_func("target.build.llvm")(lowered, goal)
     built.write_to_file(str(path))
     return built

@@ -1,2 +1,0 @@
-/* Makes the C files of examples/c visible to Swift; they register the linked plugin. */
-#include "bitcompile_model.h"

@@ -1,1 +1,0 @@
-"""TIR kernels for NVIDIA GPUs: fragment-order weights, one prelude of PTX instructions."""
