@@ -26,6 +26,7 @@ from bitcompile.opset import MIN_ONNXRUNTIME
 
 if TYPE_CHECKING:
     from bitcompile.model import Imported, LanguageModel, Lowered
+    from bitcompile.target import Target
 
 Progress = Callable[[str], None]
 """Called with a short text at the start of each phase of a long operation."""
@@ -382,9 +383,12 @@ def write(
     progress("writing weights")
     _save_model(folder, lowered)
     library = lowered.target.library
-    shutil.copyfile(lowered.library, folder / library)
+    files = {library: lowered.library, **lowered.target.embeds(lowered.library)}
+    for name, source in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, folder / name)
     if imported.language is not None:
-        _write_language_files(folder, imported.language, library)
+        _write_language_files(folder, imported.language, lowered.target)
     readme = companions.readme(imported, lowered)
     (folder / "README.md").write_text(readme, "utf-8")
     progress("hashing files")
@@ -421,10 +425,10 @@ def _save_model(folder: Path, lowered: Lowered) -> None:
     )
 
 
-def _write_language_files(folder: Path, language: LanguageModel, library: str) -> None:
+def _write_language_files(folder: Path, language: LanguageModel, target: Target) -> None:
     for file in language.tokenizer_files:
         shutil.copyfile(file, folder / file.name)
-    config = companions.genai_config(language, library)
+    config = companions.genai_config(language, target.library, target.device)
     (folder / "genai_config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
 

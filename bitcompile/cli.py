@@ -28,6 +28,7 @@ from bitcompile.inspection import aligned, format_report, inspect
 from bitcompile.pipeline import BuildOptions
 from bitcompile.pipeline import export as export_model
 from bitcompile.pipeline import run as run_build
+from bitcompile.runtime import host_mismatch
 
 INTERNAL = 5
 """Exit code of an error nobody foresaw."""
@@ -233,6 +234,7 @@ def _source_bytes(model: str) -> int | None:
 def _print_built(made: Artifact, before: int | None, after: int, seconds: float) -> None:
     report = made.manifest["inspection"]
     verified = made.manifest["verification"]
+    elsewhere = host_mismatch(made.manifest["target"]["host"])
     smaller = report["compression"]["vs_fp32"]
     rows = [
         ["artifact", f"{made.path} ({made.manifest['target']['name']}, {seconds} s)"],
@@ -251,9 +253,12 @@ def _print_built(made: Artifact, before: int | None, after: int, seconds: float)
                 f"{smaller:.1f} times smaller than float32",
             ],
         )
-    if made.manifest["language"] is not None:
+    if elsewhere:
+        rows.append(["not here", f"the plugin did not run: {elsewhere}"])
+    elif made.manifest["language"] is not None:
         rows.append(["try", f'bitcompile run {made.path} --prompt "Once upon a time"'])
-    rows.append(["use", f'bitcompile.load("{made.path}"), or see {made.path / "README.md"}'])
+    load = "" if elsewhere else f'bitcompile.load("{made.path}"), or '
+    rows.append(["use", f"{load}see {made.path / 'README.md'}"])
     click.echo("\n".join(aligned(rows)))
 
 

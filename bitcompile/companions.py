@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from bitcompile.opset import MIN_ONNXRUNTIME
@@ -10,8 +11,14 @@ if TYPE_CHECKING:
     from bitcompile.model import Imported, LanguageModel, Lowered
 
 
-def genai_config(language: LanguageModel, library: str) -> dict[str, Any]:
+PROVIDERS = {"cuda": ("cuda", "CUDAExecutionProvider")}
+"""Device of a target to what onnxruntime-genai and onnxruntime call its execution provider."""
+
+
+def genai_config(language: LanguageModel, library: str, device: str = "cpu") -> dict[str, Any]:
     """``genai_config.json`` for a decoder whose plugin ``library`` lies in the same folder.
+
+    A static library is not named there: the app links it.
 
     The model type is ``llama`` whatever the architecture: onnxruntime-genai has a fixed list, and
     this entry of it feeds exactly the inputs our graphs have.
@@ -24,6 +31,12 @@ def genai_config(language: LanguageModel, library: str) -> dict[str, Any]:
         pad = language.eos_token_ids[0]
     if pad is not None:
         ids["pad_token_id"] = pad
+    # Threads are not fixed here: the artifact runs on machines of any size.
+    session: dict[str, Any] = {"provider_options": []}
+    if device in PROVIDERS:
+        session["provider_options"].append({PROVIDERS[device][0]: {}})
+    if PurePath(library).suffix != ".a":
+        session["custom_ops_library"] = library
     return {
         "model": {
             "type": "llama",
@@ -31,8 +44,7 @@ def genai_config(language: LanguageModel, library: str) -> dict[str, Any]:
             "vocab_size": language.vocab_size,
             "context_length": language.context_length,
             "decoder": {
-                # Threads are not fixed here: the artifact runs on machines of any size.
-                "session_options": {"provider_options": [], "custom_ops_library": library},
+                "session_options": session,
                 "filename": "model.onnx",
                 "head_size": language.head_size,
                 "hidden_size": language.hidden_size,
@@ -66,17 +78,22 @@ _HEADER = """\
 Built by bitcompile {version}: {emits}. Weights are ternary, layout `{layout}`;
 the plugin is for {host}. It needs onnxruntime {minimum} or newer.
 
-The commands below are run inside this folder. Only the plugin depends on the machine: without it
-the same `model.onnx` gives the same results on any onnxruntime, slower and with more memory.
+Only the plugin depends on the machine: without it the same `model.onnx` gives the same results on
+any onnxruntime, slower and with more memory.
 
+"""
+
+_PYTHON = """\
 ## Python, plain onnxruntime
+
+Run inside this folder:
 
 ```python
 import onnxruntime
 
 options = onnxruntime.SessionOptions()
 options.register_custom_ops_library("./{library}")  # leave out to run without the plugin
-session = onnxruntime.InferenceSession("model.onnx", options)
+session = onnxruntime.InferenceSession("model.onnx", options, providers={providers})
 print([(i.name, i.type, i.shape) for i in session.get_inputs()])
 ```
 
@@ -128,12 +145,74 @@ api->RegisterCustomOpsLibrary_V2(options, ORT_TSTR("./{library}"));
 api->CreateSession(env, ORT_TSTR("model.onnx"), options, &session);
 ```
 
+"""
+
+_C_STATIC = """\
+## C and C++, linked statically
+
+`include/bitcompile.h` declares the one function of the static library `{archive}`:
+
+```c
+#include "bitcompile.h"
+
+OrtStatus *status = bitcompile_RegisterCustomOps(options, OrtGetApiBase());
+```
+
+Compile with `-Iinclude` and link `{archive}` and ONNX Runtime. Then no other file than the model is
+needed at run time.
+
+"""
+
+_ANDROID = """\
+## Kotlin, onnxruntime-android
+
+Put `{library}` into `src/main/jniLibs/arm64-v8a/` of the app. Put `model.onnx` and
+`model.onnx.data` into one folder of files (`filesDir`, not packed in the APK): the weights are then
+mapped, not copied.
+
+```kotlin
+val environment = OrtEnvironment.getEnvironment()
+val options = OrtSession.SessionOptions()
+options.registerCustomOpLibrary("{library}")
+val session = environment.createSession(File(context.filesDir, "model.onnx").path, options)
+```
+
+"""
+
+_SWIFT = """\
+## Swift, onnxruntime-objc
+
+Add `{archive}` to "Link Binary With Libraries", and `include/bitcompile.h` to the bridging header.
+Add `model.onnx` and `model.onnx.data` to the app's resources.
+
+```swift
+let options = try ORTSessionOptions()
+try options.registerCustomOps(usingFunctionPointer: { bitcompile_RegisterCustomOps($0, $1) })
+let model = Bundle.main.path(forResource: "model", ofType: "onnx")!
+let session = try ORTSession(env: ORTEnv(loggingLevel: .warning), modelPath: model,
+                             sessionOptions: options)
+```
+
+"""
+
+_FILES = """\
 ## Files
 
 `model.onnx` and `model.onnx.data` must stay together. `bitcompile.json` says what this artifact
 was built from and holds the size and SHA-256 of every file; `bitcompile verify .` checks them, and
-that the plugin computes what the model means.
+that the plugin computes what the model means (`--fallback` on a machine that cannot run it).
 """
+
+
+SECTIONS = {
+    "python": _PYTHON,
+    "genai": _GENAI,
+    "c": _C,
+    "c_static": _C_STATIC,
+    "android": _ANDROID,
+    "swift": _SWIFT,
+}
+"""What a target's ``guide`` names."""
 
 
 def readme(imported: Imported, lowered: Lowered) -> str:
@@ -141,7 +220,9 @@ def readme(imported: Imported, lowered: Lowered) -> str:
     from bitcompile import __version__
 
     language = imported.language
-    template = _HEADER + (_GENAI if language is not None else "") + _C
+    chosen = [x for x in lowered.target.guide if x != "genai" or language is not None]
+    template = _HEADER + "".join(SECTIONS[x] for x in chosen) + _FILES
+    name = PROVIDERS.get(lowered.target.device, ("",))[1:]
     values = {
         "source": imported.source,
         "target": lowered.target.name,
@@ -150,7 +231,9 @@ def readme(imported: Imported, lowered: Lowered) -> str:
         "layout": lowered.layout,
         "host": lowered.target.host,
         "library": lowered.target.library,
+        "archive": PurePath(lowered.target.library).with_suffix(".a").name,
         "minimum": MIN_ONNXRUNTIME,
+        "providers": str([*name, "CPUExecutionProvider"]),
         "length": str(min(256, language.context_length) if language is not None else 0),
     }
     for key, value in values.items():

@@ -243,6 +243,7 @@ def run_tensors(
     arrays = _read_npz(source)
     session = runtime.load(artifact.path, threads=threads)
     _check_inputs(arrays, session.get_inputs())
+    _check_tokens(arrays, artifact.manifest.get("language"))
     names = [output.name for output in session.get_outputs()]
     try:
         results = session.run(names, arrays)
@@ -289,6 +290,20 @@ def _check_inputs(arrays: dict[str, npt.NDArray[Any]], declared: list[Any]) -> N
         )
         if not fits:
             raise InputError(f"input {i.name!r} has shape {list(array.shape)}, not {i.shape}")
+
+
+def _check_tokens(
+    arrays: Mapping[str, npt.NDArray[Any]], language: Mapping[str, Any] | None
+) -> None:
+    """Raises InputError for a token that the vocabulary does not have.
+
+    ONNX Runtime's lookup in a quantised table gives zeros for it.
+    """
+    if language is None or "input_ids" not in arrays:
+        return
+    tokens, size = arrays["input_ids"], language["vocab_size"]
+    for token in tokens[(tokens < 0) | (tokens >= size)][:1]:
+        raise InputError(f"input 'input_ids' has token {token}: they go from 0 to {size - 1}")
 
 
 def _output_file(destination: Path) -> Path:

@@ -53,6 +53,11 @@ def lower(graph: ir.Model, target: Target, wanted: str = AUTO) -> Lowered:
         inputs = op.named(node.inputs)
         source = layout(str(attributes["layout"]))
         group_size = int(attributes["group_size"])
+        if group_size and not target.grouped:
+            raise UsageError(
+                f"{op.name} {node.name} has a scale per {group_size} columns; target {target.name} "
+                "has kernels for a scale per row only: choose another target"
+            )
         for weight in op.weights:
             value = inputs[weight.data]
             if any(v is None or v.const_value is None for v in (value, inputs[weight.scale])):

@@ -188,7 +188,21 @@ One 64-byte load holds 16 rows x 4 consecutive columns in each bit pair, so that
 by AND alone and a 4-byte dot product instruction needs no shuffle. All CPU targets share it.
 """
 
-LAYOUTS: dict[str, Layout] = {layout.id: layout for layout in (PORTABLE, CPU_TILE)}
+CUDA_TILE = Layout(
+    "i2_n16k128",
+    rows={"h": 2, "g": 8},
+    columns={"t": 4, "u": 2, "c": 4, "b": 4},
+    data="gctb",
+    field="uh",
+)
+"""``[N/16][K/128][512 B]``: the operands of ``mma.m16n8k32`` as the lanes of a warp hold them.
+
+Lane ``4g + c`` has 16 bytes: word ``t``, byte ``b``, bit pair ``2u + h`` = row ``8h + g``, column
+``32t + 16u + 4c + b`` (PTX ISA, matrix fragments for mma.m16n8k32). One copy serves decode and
+prefill, and needs no shared memory.
+"""
+
+LAYOUTS: dict[str, Layout] = {layout.id: layout for layout in (PORTABLE, CPU_TILE, CUDA_TILE)}
 
 
 def layout(id: str) -> Layout:

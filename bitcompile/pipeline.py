@@ -34,7 +34,7 @@ class BuildOptions:
         metadata={
             "choices": passing.HEADS,
             "help": "Embedding and head table: 8 or 4 bits a weight, or floats "
-            "[default: q8; float for torch modules and .onnx files].",
+            "[default: q8, on GPUs float; float for torch modules and .onnx files].",
         },
     )
     logits: str | None = field(
@@ -56,6 +56,20 @@ class BuildOptions:
         default=None,
         metadata={"help": "Tokens of the KV cache [default: 4096 or the model's limit]."},
     )
+    offload: str | None = field(
+        default=None,
+        metadata={
+            "help": "Work of an OpenCL device: prefill, all, none or auto, which is all for one "
+            "with memory of its own, else prefill [default: auto]."
+        },
+    )
+    fallback: str | None = field(
+        default=None,
+        metadata={
+            "help": "What takes over where a GPU target finds no usable device: cpu or none "
+            "[default: cpu]."
+        },
+    )
     i2s_order: str | None = field(
         default=None,
         metadata={
@@ -64,7 +78,8 @@ class BuildOptions:
         },
     )
     verify: bool = field(
-        default=True, metadata={"help": "Verify the artifact if this machine can run it."}
+        default=True,
+        metadata={"help": "Verify the artifact (for another machine: without its plugin)."},
     )
     dump: Path | None = field(
         default=None, metadata={"help": "Folder for the graph after each pass, as text."}
@@ -80,10 +95,22 @@ class BuildOptions:
         if self.context is not None and self.context < 1:
             raise UsageError(f"context must be 1 or more, not {self.context}")
 
-    def resolved(self, checkpoint: bool) -> BuildOptions:
+    def resolved(self, checkpoint: bool, target: Target) -> BuildOptions:
         """With every choice made: checkpoints are made smaller, other graphs keep their meaning."""
-        defaults = ("q8", "last") if checkpoint else ("float", "all")
-        return replace(self, head=self.head or defaults[0], logits=self.logits or defaults[1])
+        defaults = (target.heads[0], "last") if checkpoint else ("float", "all")
+        head = self.head or defaults[0]
+        if head not in target.heads:
+            raise UsageError(
+                f"target {target.name} has no kernels for head {head}; "
+                f"choose one of {', '.join(target.heads)}"
+            )
+        return replace(self, head=head, logits=self.logits or defaults[1])
+
+    @property
+    def of_target(self) -> dict[str, str]:
+        """The choices made that only some targets have."""
+        given = {"offload": self.offload, "fallback": self.fallback}
+        return {name: value for name, value in given.items() if value is not None}
 
     def recorded(self) -> dict[str, Any]:
         """What the manifest keeps: the choices that shape the artifact."""
@@ -102,6 +129,8 @@ def build(
     logits: str | None = None,
     layout: str = "auto",
     context: int | None = None,
+    offload: str | None = None,
+    fallback: str | None = None,
     i2s_order: str | None = None,
     verify: bool = True,
     dump: str | Path | None = None,
@@ -120,7 +149,18 @@ def build(
     """
     folder = None if dump is None else Path(dump)
     options = BuildOptions(
-        target, host, head, logits, layout, context, i2s_order, verify, folder, force
+        target,
+        host,
+        head,
+        logits,
+        layout,
+        context,
+        offload,
+        fallback,
+        i2s_order,
+        verify,
+        folder,
+        force,
     )
     return run(model, Path(out), options, progress, example_inputs, dynamic_shapes)
 
@@ -137,11 +177,11 @@ def run(
     from bitcompile.targets import resolve
 
     artifacts.check_output(out, options.force)
-    target = resolve(options.target, options.host)
+    target = resolve(options.target, options.host, options.of_target)
     _require_toolchain(target)
 
     # These need the build extra, which the line above has asked for.
-    from bitcompile.frontends.assembly import quiet
+    from bitcompile.frontends.surroundings import quiet
 
     with quiet():
         return _run(model, out, options, target, progress, example_inputs, dynamic_shapes)
@@ -160,6 +200,7 @@ def _run(
     from bitcompile.lower import lower
     from bitcompile.passes import finishing, pipeline
 
+    options = options.resolved(frontends.is_checkpoint(model), target)
     imported = frontends.load(
         model,
         options.context,
@@ -168,14 +209,16 @@ def _run(
         dynamic_shapes=dynamic_shapes,
         i2s_order=options.i2s_order,
     )
-    options = options.resolved(frontends.is_checkpoint(model))
     graph = imported.graph
     progress("rewriting the graph")
     steps = pipeline(passing.Options(str(options.head), str(options.logits)))
     records = imported.records + passing.run(graph, steps, options.dump)
     progress(f"compiling for {target.name}")
     lowered = lower(graph, target, options.layout)
-    records += passing.run(lowered.graph, finishing(), options.dump, first=len(steps) + 1)
+    # Attention asks for narrow activations; other models keep the types of their inputs.
+    activations = target.activations if imported.language is not None else "float32"
+    after = finishing(activations)
+    records += passing.run(lowered.graph, after, options.dump, first=len(steps) + 1)
     with artifacts.staged(out, options.force) as folder:
         made = artifacts.write(
             folder,
@@ -186,8 +229,11 @@ def _run(
             inspection=inspection.inspect_graph(lowered.graph),
             progress=progress,
         )
-        if options.verify and target.can_run_here() is None:
-            made.with_verification(verification.verify(made, progress).to_dict())
+        if options.verify and target.verified:
+            # For another machine, the functions in the model stand in for the plugin.
+            plugin = target.can_run_here() is None
+            report = verification.verify(made, progress, plugin=plugin)
+            made.with_verification(report.to_dict())
     return Artifact.open(out)
 
 
@@ -215,7 +261,7 @@ def export(
     except ImportError:
         raise ToolchainError('exporting needs pip install "bitcompile[build]"') from None
     from bitcompile import frontends
-    from bitcompile.frontends.assembly import quiet
+    from bitcompile.frontends.surroundings import quiet
     from bitcompile.passes import finishing
 
     with quiet():

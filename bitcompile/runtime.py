@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitcompile.artifact import Artifact
+from bitcompile.companions import PROVIDERS
 from bitcompile.errors import InputError, ToolchainError, UsageError
 
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -28,10 +29,16 @@ def load(path: str | Path, *, plugin: bool = True, threads: int | None = None) -
     options = session_options(artifact.path, plugin=plugin, threads=threads)
     try:
         return onnxruntime.InferenceSession(
-            str(artifact.model), options, providers=["CPUExecutionProvider"]
+            str(artifact.model), options, providers=_providers(artifact, plugin)
         )
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         raise InputError(f"onnxruntime cannot load {artifact.model}: {one_line(error)}") from error
+
+
+def _providers(artifact: Artifact, plugin: bool) -> list[str]:
+    """The execution providers of a session, the one that the plugin is for first."""
+    device = artifact.manifest["target"]["device"] if plugin else None
+    return [*([PROVIDERS[device][1]] if device in PROVIDERS else []), "CPUExecutionProvider"]
 
 
 def session_options(path: str | Path, *, plugin: bool = True, threads: int | None = None) -> Any:
@@ -85,7 +92,7 @@ def require_host(artifact: Artifact) -> None:
     if reason is not None:
         raise ToolchainError(
             f"the plugin in {artifact.path} is for {host}, {reason}: build with --target native, "
-            "or load with plugin=False"
+            "load with plugin=False, or verify with --fallback"
         )
 
 

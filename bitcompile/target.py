@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -16,6 +16,10 @@ class Kernel:
     isa: str
     symbol: str
     """C symbol of the compiled function."""
+
+
+def _nothing(library: Path) -> Mapping[str, Path]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -44,3 +48,21 @@ class Target:
     """None if this machine can run it, else what is missing."""
     can_build_here: Callable[[], str | None]
     """None if this machine can build it, else what is missing and how to get it."""
+    embeds: Callable[[Path], Mapping[str, Path]] = _nothing
+    """Further files of an artifact, by their names there, given the compiled plugin."""
+    guide: tuple[str, ...] = ("python", "genai", "c")
+    """Sections of an artifact's README, by their names in ``companions.SECTIONS``."""
+    hosts: tuple[str, ...] = ()
+    """Other triples it builds for, through ``vary``."""
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Build options that only some targets have, and their values, the default first."""
+    vary: Callable[[str, Mapping[str, str]], Target] | None = None
+    """The same target for a triple of ``hosts`` (or its own), and with other choices."""
+    activations: str = "float32"
+    """Element type between operators: ``float32``, or ``float16`` where attention needs it."""
+    heads: tuple[str, ...] = ("q8", "q4", "float")
+    """Embedding and head tables it has kernels for, a checkpoint's default first."""
+    verified: bool = True
+    """Whether ``verify`` can run its operators one by one in float32."""
+    grouped: bool = True
+    """Whether there are kernels for weights with a scale per group of columns."""

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from bitcompile import runtime
 from bitcompile.artifact import MANIFEST, Artifact, Progress, silent
+from bitcompile.companions import PROVIDERS
 from bitcompile.custom_ops import OPS
 from bitcompile.errors import BitcompileError, InputError, ToolchainError, VerificationError
 from bitcompile.feeds import NoFeeds, candidates
@@ -104,6 +105,12 @@ def verify(
     or cannot run here.
     """
     start = time.monotonic()
+    device = str(artifact.manifest["target"]["device"])
+    if plugin and device in PROVIDERS:
+        raise ToolchainError(
+            f"the plugin for {device} is verified by tests/gpu of the source; "
+            f"here only its functions: bitcompile verify --fallback {artifact.path}"
+        )
     artifact.check_hashes(progress)
     model = _open(artifact)
     progress("checking constants")
@@ -526,16 +533,19 @@ def _logits(session: Any, vocabulary: int) -> list[F32]:
     return [prompt, step(session, tokens[:, -1:], caches)]
 
 
-def empty_caches(session: Any) -> dict[str, F32]:
+_CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+def empty_caches(session: Any) -> dict[str, npt.NDArray[Any]]:
     """The key and value inputs of a decoder session before the first token (batch 1)."""
     return {
-        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), _CACHE_TYPES[i.type])
         for i in session.get_inputs()
         if i.name.startswith("past_key_values.")
     }
 
 
-def step(session: Any, tokens: npt.NDArray[np.int64], caches: dict[str, F32]) -> F32:
+def step(session: Any, tokens: npt.NDArray[np.int64], caches: dict[str, npt.NDArray[Any]]) -> F32:
     """Feed ``tokens`` int64 ``[1, S]``: logits ``[1, S or 1, V]``; ``caches`` move on in place."""
     past = next(iter(caches.values())).shape[2] if caches else 0
     feeds: dict[str, Any] = {"input_ids": tokens, **caches}

@@ -11,6 +11,7 @@ from bitcompile.passes.fuse_rms_norm import FuseRmsNorm
 from bitcompile.passes.last_logits import LastLogits
 from bitcompile.passes.merge_projections import MergeProjections
 from bitcompile.passes.name_nodes import NameNodes
+from bitcompile.passes.narrow_activations import NarrowActivations
 from bitcompile.passes.pack_attention import PackAttention
 from bitcompile.passes.quantize_head import QuantizeHead
 from bitcompile.passes.strip_metadata import StripMetadata
@@ -37,9 +38,13 @@ def pipeline(options: Options) -> tuple[Pass, ...]:
     )
 
 
-def finishing() -> tuple[Pass, ...]:
-    """The passes after lowering, when every weight lies in the target's layout."""
+def finishing(activations: str = "float32") -> tuple[Pass, ...]:
+    """The passes after lowering, when every weight lies in the target's layout.
+
+    ``activations``: element type of what passes between operators, see ``Target.activations``.
+    """
     return (
+        *((NarrowActivations(),) if activations == "float16" else ()),
         StripMetadata(),
         NameNodes(),
         AttachFunctions(),

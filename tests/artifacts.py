@@ -88,10 +88,10 @@ def _quieten(table: ir.Value) -> None:
     table.const_value = ir.tensor((data * 0.02).astype(data.dtype), name=table.name)
 
 
-def lowered(source: Imported, options: passing.Options) -> Lowered:
-    """The model of ``source``, fused and lowered for this machine."""
+def lowered(source: Imported, options: passing.Options, target: str = "native") -> Lowered:
+    """The model of ``source``, fused and lowered."""
     passing.run(source.graph, pipeline(options))
-    result = lower(source.graph, resolve("native"))
+    result = lower(source.graph, resolve(target))
     passing.run(result.graph, finishing())
     return result
 
@@ -104,10 +104,11 @@ def write(
     logits: str = "last",
     force: bool = False,
     config: Decoder = CONFIG,
+    target: str = "native",
 ) -> Artifact:
     """A complete artifact in ``folder``."""
     source = imported(folder.parent / "tokenizer", chat, config)
-    result = lowered(source, passing.Options(head, logits))
+    result = lowered(source, passing.Options(head, logits), target)
     with artifact.staged(folder, force) as stage:
         artifact.write(
             stage,

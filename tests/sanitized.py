@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from bitcompile.packing import CPU_TILE
-from bitcompile.targets.tir.plugin import CSRC, GLUE, compile_kernels
+from bitcompile.targets.tir.plugin import CPU_DEVICE, CPU_GLUE, CSRC, GLUE, compile_kernels
 from bitcompile.targets.tir.x86 import ISAS
 from tests.single_node import CHOSEN
 
@@ -35,7 +35,9 @@ def build(folder: Path) -> tuple[Path, Path]:
     """The instrumented plugin, and a library of the bare kernels; raises CalledProcessError."""
     objects, table = compile_kernels(ISAS, CPU_TILE.id, folder)
     plugin, kernels = folder / "libbitcompile_sanitized.so", folder / "libkernels.so"
-    glue = [CSRC / name for name in (*GLUE, CPU)]
+    device = folder / "device.c"
+    device.write_text(CPU_DEVICE)
+    glue = [*(CSRC / name for name in (*GLUE, CPU_GLUE, CPU)), device]
     shared = ["gcc", "-std=c11", "-O1", "-g", "-fPIC", "-shared", "-Wall", "-Werror", f"-I{CSRC}"]
     script = f"-Wl,--version-script={CSRC / 'plugin.map'}"
     subprocess.run([*shared, *SANITIZERS, script, *glue, table, *objects, "-o", plugin], check=True)

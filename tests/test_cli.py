@@ -195,6 +195,17 @@ def test_damaged_tensors_are_an_input_error(run: Run, artifact: Path, tmp_path: 
     is_one_error(run("run", artifact, *arguments, tmp_path / "no" / "out.npz"), 2, "cannot write")
 
 
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_tokens_that_the_vocabulary_does_not_have(
+    run: Run, artifact: Path, tmp_path: Path, token: int
+) -> None:
+    arrays = feeds()
+    arrays["input_ids"][0, -1] = token
+    np.savez(tmp_path / "in.npz", **arrays)
+    arguments = ("--input", tmp_path / "in.npz", "--output", tmp_path / "out.npz")
+    is_one_error(run("run", artifact, *arguments), 3, f"has token {token}: they go from 0 to")
+
+
 @pytest.mark.usefixtures("toy")
 def test_outputs_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")

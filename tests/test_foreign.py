@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import bitcompile
 from bitcompile import passing, pipeline
 from bitcompile.errors import InputError
 from bitcompile.frontends import foreign
+from bitcompile.frontends.surroundings import quiet
 from bitcompile.inspection import format_report, inspect
 from bitcompile.passes import pipeline as passes
 from tests.checkpoints import DIRECT, INVERSE, ONLINE, TINY, Recipe, cosine, eager, make
@@ -73,18 +71,6 @@ EXPORTS = {
     "packed, divided, opset 20": Export(INVERSE, 20, "eager", cached=False),
     "online, opset 23": Export(ONLINE, 23, "sdpa", cached=True),
 }
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 def past(batch: int, tokens: int) -> list[torch.Tensor]:

@@ -28,8 +28,29 @@ def program(name: str) -> str:
     return str(path)
 
 
+def cuda_compiler() -> None:
+    """nvcc, or NVIDIA's compiler from PyPI."""
+    from bitcompile.targets.tir.cuda.compiler import missing_compiler
+
+    require("a CUDA compiler", missing_compiler() is None)
+
+
 def onnxruntime_headers() -> Path:
     """Folder with the real ONNX Runtime C headers."""
     folder = Path(os.environ.get("BITCOMPILE_ORT_HEADERS", "/usr/include/onnxruntime"))
     require("onnxruntime_c_api.h (see .ci/ort-headers)", (folder / "onnxruntime_c_api.h").exists())
     return folder
+
+
+def embedding_kit(part: str) -> Path:
+    """Folder ``aarch64`` or ``android`` with ONNX Runtime for that system."""
+    folder = Path(os.environ.get("BITCOMPILE_EMBEDDING_KIT", "build/embedding-kit")) / part
+    require(f"{folder} (see .ci/embedding-kit)", folder.is_dir())
+    return folder.absolute()
+
+
+def java_json() -> Path:
+    """Android's org.json for a desktop's Java (Debian's libandroid-json-java)."""
+    jar = Path("/usr/share/java/com.android.json.jar")
+    require(f"{jar} (libandroid-json-java)", jar.exists())
+    return jar

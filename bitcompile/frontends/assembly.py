@@ -8,19 +8,17 @@ exports it.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from bitcompile.errors import InputError, ToolchainError, UsageError
+from bitcompile.errors import InputError, UsageError
 from bitcompile.frontends.checkpoint import WeightForm
 from bitcompile.model import LanguageModel
 from bitcompile.packing import PackedTernary
 
+PACKAGES = ("huggingface_hub", "onnxscript", "safetensors", "torch", "transformers")
+"""What this conversion needs."""
 DEFAULT_CONTEXT = 4096
 HEAD_MULTIPLE = 16
 """Head sizes GroupQueryAttention rotates on every device (ONNX Runtime 1.32, CPU)."""
@@ -53,30 +51,6 @@ class Weights(Protocol):
 
     def unused(self) -> list[str]:
         """Names of the tensors that were never asked for."""
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep notes of torch and transformers off the terminal: what matters becomes our error."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-def require_packages(*others: str) -> None:
-    """Raise ToolchainError unless what conversion needs, and ``others``, can be imported."""
-    for name in ("huggingface_hub", "onnxscript", "safetensors", "torch", "transformers", *others):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ToolchainError(
-                f'{error.name} is not installed: pip install "bitcompile[build]"'
-            ) from None
 
 
 def configuration(build: Any, values: Mapping[str, Any], settings: str) -> Any:

@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
 from bitcompile.custom_ops import OPS
-from bitcompile.errors import BitcompileError, InputError, ToolchainError
+from bitcompile.errors import BitcompileError, InputError
+from bitcompile.frontends.surroundings import require_packages
 from bitcompile.model import Imported
 from bitcompile.opset import DOMAIN, IR_VERSION, ONNX_OPSET, VERSION
 from bitcompile.packing import layout
@@ -59,7 +60,7 @@ def load(path: str, progress: Progress | None = None) -> Imported:
 def read(path: str, progress: Progress | None = None) -> Imported:
     """:func:`load`, also of a file without ternary layers."""
     report = progress or (lambda _: None)
-    _require_packages()
+    require_packages("onnx", "onnx_ir", "onnxscript")
     file = Path(path)
     report("reading the graph")
     model = _parse(file)
@@ -90,17 +91,6 @@ def recognize(model: ir.Model, name: str) -> Record:
         record = RecognizeBitLinear().apply(model)
         common.RemoveUnusedNodesPass()(model)
     return record
-
-
-def _require_packages() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnx_ir  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ToolchainError(
-            f'{error.name} is not installed: pip install "bitcompile[build]"'
-        ) from None
 
 
 @contextlib.contextmanager

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 from bitcompile.errors import InputError, UsageError
 from bitcompile.frontends import gguf_ternary
 from bitcompile.frontends.assembly import (
+    PACKAGES,
     Progress,
     assemble,
     configuration,
     language_model,
-    quiet,
-    require_packages,
 )
 from bitcompile.frontends.checkpoint import WeightForm
 from bitcompile.frontends.gguf_order import Layer, i2s_order
+from bitcompile.frontends.surroundings import quiet, require_packages
 from bitcompile.model import Imported
 from bitcompile.packing import PackedTernary
 
@@ -116,7 +116,7 @@ def load(
     an unknown order, ToolchainError if the packages of ``bitcompile[build]`` are missing.
     """
     report = progress or (lambda _: None)
-    require_packages("gguf")
+    require_packages(*PACKAGES, "gguf")
     if order is not None and order not in gguf_ternary.I2S_ORDERS:
         raise UsageError(f"I2_S order {order!r} is not one of {', '.join(gguf_ternary.I2S_ORDERS)}")
     folder = Path(tempfile.mkdtemp(prefix="bitcompile-"))

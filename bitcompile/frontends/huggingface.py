@@ -21,14 +21,14 @@ from typing import Any
 
 from bitcompile.errors import InputError, UsageError
 from bitcompile.frontends.assembly import (
+    PACKAGES,
     Progress,
     assemble,
     configuration,
     language_model,
-    quiet,
-    require_packages,
 )
 from bitcompile.frontends.checkpoint import CONFIG, Checkpoint, WeightForm, read_json
+from bitcompile.frontends.surroundings import quiet, require_packages
 from bitcompile.model import Imported
 from bitcompile.packing import PackedTernary
 
@@ -98,7 +98,7 @@ def load(source: str, context: int | None = None, progress: Progress | None = No
     model does not have, ToolchainError if the packages of ``bitcompile[build]`` are missing.
     """
     report = progress or (lambda _: None)
-    require_packages()
+    require_packages(*PACKAGES)
     report("reading configuration")
     checkpoint = Checkpoint.open(source)
     with quiet():

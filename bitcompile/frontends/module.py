@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import logging
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +23,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from bitcompile.custom_ops.bit_linear import BIT_LINEAR
-from bitcompile.errors import BitcompileError, InputError, ToolchainError, UsageError
+from bitcompile.errors import BitcompileError, InputError, UsageError
+from bitcompile.frontends.surroundings import quiet, require_packages
 from bitcompile.model import Imported
 from bitcompile.nn import TernaryWeights, reader
 from bitcompile.opset import DOMAIN, IR_VERSION, ONNX_OPSET, Attribute
@@ -197,10 +196,10 @@ def load(
     no ternary layer, one cannot be read, or torch cannot export the module; UsageError for example
     inputs it does not take; ToolchainError if onnxscript is missing.
     """
-    _require_onnxscript()
+    require_packages("onnxscript")
     report = progress or (lambda _: None)
     title = name or type(module).__name__
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         report("reading ternary layers")
         called: set[str] = set()
         layers = _read(module, called)
@@ -388,25 +387,3 @@ def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     line = text.splitlines()[0] if text else ""
     return line if isinstance(error, BitcompileError) else f"{type(error).__name__}: {line}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch's notes off the terminal: what matters becomes our error."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-def _require_onnxscript() -> None:
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise ToolchainError(
-            'onnxscript is not installed: pip install "bitcompile[build]"'
-        ) from None

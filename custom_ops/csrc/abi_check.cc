@@ -43,6 +43,8 @@ static_assert(offsetof(OrtAllocator, Free) == offsetof(BcAllocator, Free), "OrtA
 static_assert(offsetof(OrtApiBase, GetApi) == offsetof(BcApiBase, GetApi), "OrtApiBase.GetApi");
 
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT == BC_FLOAT, "float");
+static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 == BC_FLOAT16, "float16");
+static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 == BC_BFLOAT16, "bfloat16");
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 == BC_UINT8, "uint8");
 static_assert(ORT_FAIL == BC_FAIL && ORT_INVALID_ARGUMENT == BC_INVALID_ARGUMENT, "error codes");
 static_assert(OrtArenaAllocator == BC_ARENA && OrtMemTypeDefault == BC_MEM_DEFAULT, "memory");

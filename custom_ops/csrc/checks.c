@@ -46,7 +46,7 @@ BcStatus *bc_parse_tensor(const Kernel *k, size_t index, const BcValue *value, T
 BcStatus *bc_read_inputs(const Kernel *k, BcContext *context, Tensor *in) {
   for (size_t i = 0; i < k->spec->inputs; i++) {
     const BcValue *value = NULL;
-    if (k->constant >> i & 1) {
+    if (!k->device->remote && k->constant >> i & 1) {
       in[i] = k->fixed[i];
       continue;
     }
@@ -90,10 +90,10 @@ BcStatus *bc_expect_weight(const Kernel *k, const char *what, const Tensor *w,
 }
 
 BcStatus *bc_optional(const Kernel *k, const char *what, const Tensor *t, size_t rank,
-                      const int64_t *dim, const float **out) {
+                      const int64_t *dim, const void **out) {
   *out = NULL;
   if (t->rank == 0) {
-    if (*(const float *)t->data == 0.0f) return NULL;
+    if (k->device->remote || *(const float *)t->data == 0.0f) return NULL;
     return bc_fail(k->api, BC_INVALID_ARGUMENT,
                    "bitcompile::%s: %s is a scalar other than 0; give its "
                    "full shape, or a scalar 0 for none",
@@ -125,4 +125,44 @@ BcStatus *bc_open_rows(const Kernel *k, BcContext *context, const Tensor *x, int
                    "supported: split the batch",
                    k->spec->name, (long long)*M, INT32_MAX / 16);
   return NULL;
+}
+
+/* BitLinear(x, w, w_scale, bias, residual), NormBitLinear(x, gamma, w, w_scale, bias, residual) */
+static BcStatus *check_linear(const Kernel *k, const Tensor *in) {
+  size_t w = bc_weight_index(k);
+  int64_t gamma_shape[] = {k->K};
+  TRY(bc_expect_weight(k, "w", &in[w], "w_scale", &in[w + 1], k->N, k->K));
+  return w == 2 ? bc_expect(k, "gamma", &in[1], 1, gamma_shape) : NULL;
+}
+
+/* BitGLU(x, gamma_in, w_gate_up, s_gate_up, gamma_sub, w_down, s_down, residual) */
+static BcStatus *check_glu(const Kernel *k, const Tensor *in) {
+  int64_t in_shape[] = {k->K}, sub_shape[] = {k->F};
+  TRY(bc_expect(k, "gamma_in", &in[1], 1, in_shape));
+  TRY(bc_expect_weight(k, "w_gate_up", &in[2], "s_gate_up", &in[3], 2 * k->F, k->K));
+  if (k->sub_norm) TRY(bc_expect(k, "gamma_sub", &in[4], 1, sub_shape));
+  return bc_expect_weight(k, "w_down", &in[5], "s_down", &in[6], k->N, k->F);
+}
+
+/* HeadLinear(x, table, scale) */
+static BcStatus *check_head(const Kernel *k, const Tensor *in) {
+  int64_t B = bc_ceil_div(k->K, k->block);
+  const int64_t table_shape[] = {k->N, B, k->block * k->bits / 8}, scale_shape[] = {k->N, B, 1};
+  TRY(bc_expect(k, "table", &in[1], 3, table_shape));
+  return bc_expect(k, "scale", &in[2], 3, scale_shape);
+}
+
+BcStatus *bc_open_node(const Kernel *k, BcContext *context, Node *out) {
+  static BcStatus *(*const checks[])(const Kernel *, const Tensor *) = {check_linear, check_linear,
+                                                                        check_glu, check_head};
+  int linear = k->op == BC_BIT_LINEAR || k->op == BC_NORM_BIT_LINEAR;
+  int64_t bias_shape[] = {k->N};
+  const Tensor *last = &out->in[k->spec->inputs - 1];
+  out->bias = out->residual = NULL;
+  TRY(bc_read_inputs(k, context, out->in));
+  TRY(checks[k->op](k, out->in));
+  TRY(bc_open_rows(k, context, &out->in[0], k->K, k->N, &out->y, &out->M));
+  if (linear) TRY(bc_optional(k, "bias", last - 1, 1, bias_shape, (const void **)&out->bias));
+  if (k->op == BC_HEAD_LINEAR) return NULL;
+  return bc_optional(k, "residual", last, out->y.rank, out->y.dim, (const void **)&out->residual);
 }

@@ -195,60 +195,40 @@ static BcStatus *run_matmul(const Kernel *k, BcContext *context, MatmulJob *job)
 
 /* ---- the operators --------------------------------------------------------------------------- */
 
-/* BitLinear(x, w, w_scale, bias, residual), NormBitLinear(x, gamma, w, w_scale, bias, residual) */
-static BcStatus *compute_linear(const Kernel *k, BcContext *context, const Tensor *gamma,
-                                const Tensor *x, const Tensor *rest) {
-  const Tensor *w = &rest[0], *w_scale = &rest[1];
-  Tensor y;
+static BcStatus *compute_linear(const Kernel *k, BcContext *context) {
   Scratch scratch;
-  int64_t M, gamma_shape[] = {k->K}, bias_shape[] = {k->N};
-  MatmulJob matmul = {.w = w->data, .w_scale = w_scale->data, .N = k->N};
-  TRY(bc_expect_weight(k, "w", w, "w_scale", w_scale, k->N, k->K));
-  if (gamma) TRY(bc_expect(k, "gamma", gamma, 1, gamma_shape));
-  TRY(bc_open_rows(k, context, x, k->K, k->N, &y, &M));
-  TRY(bc_optional(k, "bias", &rest[2], 1, bias_shape, &matmul.bias));
-  TRY(bc_optional(k, "residual", &rest[3], y.rank, y.dim, &matmul.residual));
-  if (M == 0) return NULL;
-  TRY(open_scratch(k, context, rows_bytes(k, M, k->K), &scratch));
-  RowJob rows = {
-      .x = x->data, .gamma = gamma ? gamma->data : NULL, .M = M, .K = k->K, .eps = k->eps};
-  rows.to = matmul.from = take_rows(k, &scratch, M, k->K);
-  matmul.M = M;
-  matmul.y = (float *)y.data;
+  Node n;
+  TRY(bc_open_node(k, context, &n));
+  if (n.M == 0) return NULL;
+  TRY(open_scratch(k, context, rows_bytes(k, n.M, k->K), &scratch));
+  const Tensor *w = &n.in[bc_weight_index(k)];
+  RowJob rows = {.x = n.in[0].data, .M = n.M, .K = k->K, .eps = k->eps};
+  if (k->op == BC_NORM_BIT_LINEAR) rows.gamma = n.in[1].data;
+  rows.to = take_rows(k, &scratch, n.M, k->K);
+  MatmulJob matmul = {.w = w[0].data,
+                      .w_scale = w[1].data,
+                      .bias = n.bias,
+                      .residual = n.residual,
+                      .from = rows.to,
+                      .y = (float *)n.y.data,
+                      .M = n.M,
+                      .N = k->N};
   BcStatus *status = run_rows(k, context, &rows);
   if (!status) status = run_matmul(k, context, &matmul);
   close_scratch(k, &scratch);
   return status;
 }
 
-static BcStatus *compute_bit_linear(const Kernel *k, BcContext *context) {
-  Tensor in[MAX_INPUTS];
-  TRY(bc_read_inputs(k, context, in));
-  return compute_linear(k, context, NULL, &in[0], &in[1]);
-}
-
-static BcStatus *compute_norm_bit_linear(const Kernel *k, BcContext *context) {
-  Tensor in[MAX_INPUTS];
-  TRY(bc_read_inputs(k, context, in));
-  return compute_linear(k, context, &in[1], &in[0], &in[2]);
-}
-
 enum { PASS_ROWS = 1024 }; /* rows of one pass, which bounds the scratch memory */
 
 static BcStatus *compute_bit_glu(const Kernel *k, BcContext *context) {
-  Tensor in[MAX_INPUTS], y;
   Scratch scratch;
-  int64_t M, in_shape[] = {k->K}, sub_shape[] = {k->F};
-  const float *residual;
-  TRY(bc_read_inputs(k, context, in));
-  TRY(bc_expect(k, "gamma_in", &in[1], 1, in_shape));
-  TRY(bc_expect_weight(k, "w_gate_up", &in[2], "s_gate_up", &in[3], 2 * k->F, k->K));
-  if (k->sub_norm) TRY(bc_expect(k, "gamma_sub", &in[4], 1, sub_shape));
-  TRY(bc_expect_weight(k, "w_down", &in[5], "s_down", &in[6], k->N, k->F));
-  TRY(bc_open_rows(k, context, &in[0], k->K, k->N, &y, &M));
-  TRY(bc_optional(k, "residual", &in[7], y.rank, y.dim, &residual));
-  if (M == 0) return NULL;
+  Node n;
+  TRY(bc_open_node(k, context, &n));
+  if (n.M == 0) return NULL;
 
+  const Tensor *in = n.in;
+  int64_t M = n.M;
   int64_t most = bc_min64(M, PASS_ROWS);
   int64_t bytes = rows_bytes(k, most, k->K) + rows_bytes(k, most, k->F);
   bytes += padded(3 * most * k->F * 4);
@@ -282,8 +262,8 @@ static BcStatus *compute_bit_glu(const Kernel *k, BcContext *context) {
     MatmulJob down = {.w = in[5].data,
                       .w_scale = in[6].data,
                       .from = inner,
-                      .residual = at(residual, m * k->N),
-                      .y = (float *)y.data + m * k->N,
+                      .residual = at(n.residual, m * k->N),
+                      .y = (float *)n.y.data + m * k->N,
                       .M = count,
                       .N = k->N};
     status = run_rows(k, context, &norm);
@@ -324,18 +304,15 @@ static void head_task(void *opaque, size_t i) {
 }
 
 static BcStatus *compute_head_linear(const Kernel *k, BcContext *context) {
-  Tensor in[MAX_INPUTS], y;
   Scratch scratch;
-  int64_t M, B = bc_ceil_div(k->K, k->block), block_bytes = k->block * k->bits / 8;
-  const int64_t table_shape[] = {k->N, B, block_bytes}, scale_shape[] = {k->N, B, 1};
-  TRY(bc_read_inputs(k, context, in));
-  TRY(bc_expect(k, "table", &in[1], 3, table_shape));
-  TRY(bc_expect(k, "scale", &in[2], 3, scale_shape));
-  TRY(bc_open_rows(k, context, &in[0], k->K, k->N, &y, &M));
-  if (M == 0) return NULL;
+  Node n;
+  int64_t B = bc_ceil_div(k->K, k->block), block_bytes = k->block * k->bits / 8;
+  TRY(bc_open_node(k, context, &n));
+  if (n.M == 0) return NULL;
+  int64_t M = n.M;
   HeadJob job = {.v = variant(k),
-                 .table = in[1].data,
-                 .scale = in[2].data,
+                 .table = n.in[1].data,
+                 .scale = n.in[2].data,
                  .K = k->K,
                  .V = k->N,
                  .B = B,
@@ -357,8 +334,8 @@ static BcStatus *compute_head_linear(const Kernel *k, BcContext *context) {
   BcStatus *status = NULL;
   for (int64_t m = 0; m < M && !status; m += most) {
     job.M = bc_min64(most, M - m);
-    job.x = (const float *)in[0].data + m * k->K;
-    job.y = (float *)y.data + m * k->N;
+    job.x = (const float *)n.in[0].data + m * k->K;
+    job.y = (float *)n.y.data + m * k->N;
     status = parallel(k, context, head_quantize_task, job.M, &job);
     if (!status) status = parallel(k, context, head_task, bc_ceil_div(k->N, job.step), &job);
   }
@@ -431,9 +408,8 @@ static int supported(const bc_variant *variant) {
   return 1;
 }
 
-/* The best variant this CPU runs, or the one BITCOMPILE_ISA names. */
-static BcStatus *choose(const BcApi *api, const bc_variant **out) {
-  const char *wanted = getenv("BITCOMPILE_ISA");
+/* The best variant this CPU runs, or the one called `wanted`. */
+static BcStatus *choose(const BcApi *api, const char *wanted, const bc_variant **out) {
   char runs[256] = "";
   size_t used = 0;
   *out = NULL;
@@ -455,19 +431,25 @@ static BcStatus *choose(const BcApi *api, const bc_variant **out) {
                  wanted, runs);
 }
 
-static BcStatus *open_cpu(const BcApi *api, const void **state) {
+BcStatus *bc_cpu_open(const BcApi *api, const char *wanted, const void **state) {
   const bc_variant *chosen = NULL;
-  TRY(choose(api, &chosen));
+  TRY(choose(api, wanted, &chosen));
   *state = chosen;
   return NULL;
 }
 
-const Device bc_device = {
+static BcStatus *open_cpu(const BcApi *api, const void **state) {
+  return bc_cpu_open(api, getenv("BITCOMPILE_ISA"), state);
+}
+
+static const int types[] = {BC_FLOAT, 0};
+
+const Device bc_cpu_device = {
+    .types = types,
     .layout = bc_layout,
     .tile_rows = TILE_ROWS,
     .tile_columns = TILE_ROWS,
     .tile_bytes = TILE_BYTES,
     .open = open_cpu,
-    .compute = {compute_bit_linear, compute_norm_bit_linear, compute_bit_glu, compute_head_linear,
-                compute_roof},
+    .compute = {compute_linear, compute_linear, compute_bit_glu, compute_head_linear, compute_roof},
 };

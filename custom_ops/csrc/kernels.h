@@ -75,6 +75,9 @@ extern const bc_variant bc_variants[]; /* best first */
 extern const int bc_variant_count;
 extern const char bc_layout[]; /* id of the weight layout all of them read */
 
+/* The CPU device's open with the name of a variant, NULL for the best. */
+BcStatus *bc_cpu_open(const BcApi *api, const char *wanted, const void **state);
+
 /* 1 if this CPU and operating system have a feature, 0 if not or if the name is unknown. */
 int bc_cpu_has(const char *feature);
 

@@ -25,6 +25,7 @@ enum {
   } while (0)
 
 static inline int64_t bc_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t bc_max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t bc_min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Roof is not part of the model operators: `bitcompile bench` compares with it. */
@@ -35,8 +36,9 @@ typedef struct Spec { /* one operator's interface, the same on every device */
   const char *name;
   size_t inputs;
   uint32_t bytes_inputs; /* bit i set: input i is uint8 */
+  uint32_t typed_inputs; /* bit i set: input i has the activations' type; others are float32 */
   int has_norm;          /* takes attribute eps */
-  int output;            /* element type */
+  int output;            /* element type, 0 for the activations' */
 } Spec;
 
 typedef struct Tensor {
@@ -52,27 +54,35 @@ typedef struct Kernel { /* one node; read-only after its creation, so that Compu
   const Device *device;
   const void *state; /* of the registration: what Device.open gave */
   const Spec *spec;
-  int op; /* BC_BIT_LINEAR ... */
+  int op;   /* BC_BIT_LINEAR ... */
+  int type; /* element type of the activations */
   int64_t K, N, F, F2, act_bits, bits, block, sub_norm, activation, kind, steps;
   int64_t group_size; /* columns that share a scale, 0 for a whole row */
   float eps;
   uint32_t constant; /* bit i set: input i is a constant, parsed once */
   Tensor fixed[MAX_INPUTS];
+  void *own; /* what Device.attach made */
 } Kernel;
 
 typedef BcStatus *bc_compute_fn(const Kernel *, BcContext *);
 
-/* What runs the operators. A plugin has one, bc_device. */
+/* What runs the operators. */
 struct Device {
   const char *provider; /* execution provider, NULL for the CPU's */
+  const int *types;     /* element types of activations that it has kernels for, up to a 0 */
+  int remote;           /* tensors lie in memory that the host cannot read */
   const char *layout;   /* id of the weight layout its kernels read, and a tile of it */
   int64_t tile_rows, tile_columns, tile_bytes;
   /* Once a registration: `state` of its kernels, which is never freed. */
   BcStatus *(*open)(const BcApi *, const void **state);
   bc_compute_fn *compute[BC_OPS]; /* NULL for an operator it does not have */
+  /* Around a node's life, if not NULL: its constants on the device, in `own`. */
+  BcStatus *(*attach)(Kernel *);
+  void (*detach)(Kernel *);
 };
 
-extern const Device bc_device;
+extern const Device *const bc_device; /* the plugin's, chosen by its generated table */
+extern const Device bc_cpu_device, bc_opencl_device, bc_cuda_device;
 
 /* An ORT status with a formatted text that names the remedy. */
 BcStatus *bc_fail(const BcApi *api, int code, const char *format, ...);
@@ -87,9 +97,21 @@ BcStatus *bc_expect(const Kernel *k, const char *what, const Tensor *t, size_t r
 int64_t bc_groups(const Kernel *k, int64_t K);
 BcStatus *bc_expect_weight(const Kernel *k, const char *what, const Tensor *w,
                            const char *scale_name, const Tensor *scale, int64_t N, int64_t K);
-/* An optional float input: NULL if it is the rank-0 zero that means "absent". */
+/* An optional input: NULL if it is the rank-0 zero that means "absent". Memory that the host cannot
+ * read is judged by its rank. */
 BcStatus *bc_optional(const Kernel *k, const char *what, const Tensor *t, size_t rank,
-                      const int64_t *dim, const float **out);
+                      const int64_t *dim, const void **out);
+/* A call of a model operator: checked inputs, output, and what may be absent (then NULL). */
+typedef struct Node {
+  Tensor in[MAX_INPUTS], y;
+  int64_t M; /* rows */
+  const float *bias, *residual;
+} Node;
+BcStatus *bc_open_node(const Kernel *k, BcContext *context, Node *out);
+/* Index of a linear operator's weight: NormBitLinear has gamma before it. */
+static inline size_t bc_weight_index(const Kernel *k) {
+  return k->op == BC_NORM_BIT_LINEAR ? 2 : 1;
+}
 /* x [..., K]: checks its last dimension, allocates y [..., N], counts rows. */
 BcStatus *bc_open_rows(const Kernel *k, BcContext *context, const Tensor *x, int64_t K, int64_t N,
                        Tensor *y, int64_t *M);

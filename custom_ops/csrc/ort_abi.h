@@ -19,10 +19,10 @@
 
 #define BC_ORT_API 17
 
-enum { BC_FLOAT = 1, BC_UINT8 = 2 };           /* ONNXTensorElementDataType */
-enum { BC_FAIL = 1, BC_INVALID_ARGUMENT = 2 }; /* OrtErrorCode */
-enum { BC_ARENA = 1, BC_MEM_DEFAULT = 0 };     /* OrtArenaAllocator, OrtMemTypeDefault */
-enum { BC_ATTR_INT = 1 };                      /* ORT_OP_ATTR_INT */
+enum { BC_FLOAT = 1, BC_UINT8 = 2, BC_FLOAT16 = 10, BC_BFLOAT16 = 16 }; /* element types */
+enum { BC_FAIL = 1, BC_INVALID_ARGUMENT = 2 };                          /* OrtErrorCode */
+enum { BC_ARENA = 1, BC_MEM_DEFAULT = 0 }; /* OrtArenaAllocator, OrtMemTypeDefault */
+enum { BC_ATTR_INT = 1 };                  /* ORT_OP_ATTR_INT */
 
 typedef struct BcStatus BcStatus;
 typedef struct BcValue BcValue;
@@ -67,6 +67,7 @@ struct BcOp;
   X(GetDimensions, 62, BcStatus *, (const BcShape *, int64_t *, size_t))                         \
   X(GetSymbolicDimensions, 63, BcStatus *, (const BcShape *, const char **, size_t))             \
   X(GetTensorTypeAndShape, 65, BcStatus *, (const BcValue *, BcShape **))                        \
+  X(CreateMemoryInfo, 68, BcStatus *, (const char *, int, int, int, BcMemoryInfo **))            \
   X(CreateCpuMemoryInfo, 69, BcStatus *, (int, int, BcMemoryInfo **))                            \
   X(KernelInfoGetAttribute_float, 85, BcStatus *, (const BcInfo *, const char *, float *))       \
   X(KernelInfoGetAttribute_int64, 86, BcStatus *, (const BcInfo *, const char *, int64_t *))     \
@@ -79,6 +80,7 @@ struct BcOp;
   X(ReleaseMemoryInfo, 94, void, (BcMemoryInfo *))                                               \
   X(ReleaseTensorTypeAndShapeInfo, 99, void, (BcShape *))                                        \
   X(ReleaseAllocator, 132, void, (BcAllocator *))                                                \
+  X(KernelContext_GetGPUComputeStream, 193, BcStatus *, (const BcContext *, void **))            \
   X(KernelInfoGetConstantInput_tensor, 249, BcStatus *,                                          \
     (const BcInfo *, size_t, int *, const BcValue **))                                           \
   X(KernelContext_GetAllocator, 253, BcStatus *,                                                 \

@@ -9,15 +9,15 @@ typedef struct Operator { /* one per registration */
   const BcApi *api;
   const Device *device;
   const void *state;
-  int op;
+  int op, type;
 } Operator;
 
 static const Spec specs[BC_OPS] = {
-    {"BitLinear", 5, 1u << 1, 0, BC_FLOAT},
-    {"NormBitLinear", 6, 1u << 2, 1, BC_FLOAT},
-    {"BitGLU", 8, 1u << 2 | 1u << 5, 1, BC_FLOAT},
-    {"HeadLinear", 3, 1u << 1, 0, BC_FLOAT},
-    {"Roof", 1, 1u << 0, 0, BC_UINT8},
+    {"BitLinear", 5, 1u << 1, 1u << 0 | 1u << 4, 0, 0},
+    {"NormBitLinear", 6, 1u << 2, 1u << 0 | 1u << 5, 1, 0},
+    {"BitGLU", 8, 1u << 2 | 1u << 5, 1u << 0 | 1u << 7, 1, 0},
+    {"HeadLinear", 3, 1u << 1, 1u << 0, 0, BC_FLOAT},
+    {"Roof", 1, 1u << 0, 0, 0, BC_UINT8},
 };
 
 static const Spec *spec_of(const BcOp *op) { return &specs[((const Operator *)op)->op]; }
@@ -122,6 +122,7 @@ static BcStatus *BC_CALL create(const BcOp *base, const BcApi *api, const BcInfo
   k->device = op->device;
   k->state = op->state;
   k->op = op->op;
+  k->type = op->type;
   k->spec = &specs[op->op];
   /* An absent attribute gets the schema's default, or a value that check_attributes refuses. */
   k->K = attribute(api, info, "K", 0);
@@ -147,6 +148,7 @@ static BcStatus *BC_CALL create(const BcOp *base, const BcApi *api, const BcInfo
     status = bc_parse_tensor(k, i, value, &k->fixed[i]);
     k->constant |= 1u << i;
   }
+  if (!status && k->device->attach) status = k->device->attach(k);
   if (status)
     free(k);
   else
@@ -159,7 +161,16 @@ static BcStatus *BC_CALL compute(void *kernel, BcContext *context) {
   return k->device->compute[k->op](k, context);
 }
 
-static void BC_CALL destroy(void *kernel) { free(kernel); }
+static void BC_CALL destroy(void *kernel) {
+  Kernel *k = kernel;
+  if (k->device->detach) k->device->detach(k);
+  free(k);
+}
+
+static int BC_CALL output_type(const BcOp *op, size_t i) {
+  int fixed = spec_of(op)->output;
+  return (void)i, fixed ? fixed : ((const Operator *)op)->type;
+}
 
 /* The output has the shape of x with N as last dimension; unknown shapes stay unknown. */
 static BcStatus *infer_shape(const Operator *op, BcInfer *context) {
@@ -181,8 +192,11 @@ static BcStatus *infer_shape(const Operator *op, BcInfer *context) {
   symbol[rank - 1] = "";
   for (size_t i = 0; i < rank; i++)
     if (!symbol[i]) symbol[i] = "";
+  /* Whatever the registrations' types, the runtime asks the first of a name. */
+  int type = spec_of(&op->base)->output;
+  if (!type) TRY(ort_GetTensorElementType(api)(x, &type));
   TRY(ort_CreateTensorTypeAndShapeInfo(api)(&y));
-  BcStatus *status = ort_SetTensorElementType(api)(y, BC_FLOAT);
+  BcStatus *status = ort_SetTensorElementType(api)(y, type);
   if (!status) status = ort_SetDimensions(api)(y, dim, rank);
   if (!status) status = ort_SetSymbolicDimensions(api)(y, symbol, rank);
   if (!status) status = ort_ShapeInferContext_SetOutputTypeShape(api)(context, 0, y);
@@ -195,8 +209,7 @@ static BcStatus *BC_CALL infer(const BcOp *base, BcInfer *context) {
   return op->op == BC_ROOF ? NULL : infer_shape(op, context);
 }
 
-/* ---- what ONNX Runtime asks of an operator ----------------------------------------------------
- */
+/* ---- what ONNX Runtime asks of an operator --------------------------------------------------- */
 
 static const char *BC_CALL get_name(const BcOp *op) { return spec_of(op)->name; }
 static const char *BC_CALL get_provider(const BcOp *op) {
@@ -204,9 +217,9 @@ static const char *BC_CALL get_provider(const BcOp *op) {
 }
 static size_t BC_CALL input_count(const BcOp *op) { return spec_of(op)->inputs; }
 static int BC_CALL input_type(const BcOp *op, size_t i) {
-  return spec_of(op)->bytes_inputs >> i & 1 ? BC_UINT8 : BC_FLOAT;
+  if (spec_of(op)->bytes_inputs >> i & 1) return BC_UINT8;
+  return spec_of(op)->typed_inputs >> i & 1 ? ((const Operator *)op)->type : BC_FLOAT;
 }
-static int BC_CALL output_type(const BcOp *op, size_t i) { return (void)i, spec_of(op)->output; }
 static size_t BC_CALL output_count(const BcOp *op) { return (void)op, 1; }
 static int BC_CALL zero_of(const BcOp *op, size_t i) { return (void)op, (void)i, 0; }
 static int BC_CALL one(const BcOp *op) { return (void)op, 1; }
@@ -254,17 +267,21 @@ static BcStatus *BC_CALL register_ops(BcOptions *options, const BcApiBase *base)
                             base->GetVersionString())
                   : NULL;
   }
-  TRY(bc_device.open(api, &state));
+  TRY(bc_device->open(api, &state));
   /* The domain and its operators must outlive every session made from the options, and the runtime
    * never says when the last is gone: they stay, about a kilobyte a registration. */
-  Operator *ops = calloc(BC_OPS, sizeof *ops);
-  if (!ops) return bc_fail(api, BC_FAIL, "bitcompile: out of memory");
+  int types = 0;
+  while (bc_device->types[types]) types++;
+  Operator *op = calloc((size_t)(BC_OPS * types), sizeof *op);
+  if (!op) return bc_fail(api, BC_FAIL, "bitcompile: out of memory");
   TRY(ort_CreateCustomOpDomain(api)("bitcompile", &domain));
-  for (int i = 0; i < BC_OPS; i++) {
-    if (!bc_device.compute[i]) continue;
-    ops[i] =
-        (Operator){.base = callbacks, .api = api, .device = &bc_device, .state = state, .op = i};
-    TRY(ort_CustomOpDomain_Add(api)(domain, &ops[i].base));
+  for (int i = 0; i < BC_OPS * types; i++, op++) {
+    int number = i / types, type = i % types;
+    if (!bc_device->compute[number] || (type && !specs[number].typed_inputs)) continue;
+    *op = (Operator){.base = callbacks, .api = api, .device = bc_device, .state = state};
+    op->op = number;
+    op->type = bc_device->types[type];
+    TRY(ort_CustomOpDomain_Add(api)(domain, &op->base));
   }
   return ort_AddCustomOpDomain(api)(options, domain);
 }

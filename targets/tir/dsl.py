@@ -32,16 +32,19 @@ def kernel(
     """
     with IRBuilder() as building, T.prim_func(s_tir=True):
         T.func_name(name)
-        handles = [
-            T.arg(p, T.handle(t[:-1]) if t.endswith("*") else getattr(T, t)())
-            for p, t in parameters
-        ]
-        arguments = [
-            T.decl_buffer(UNBOUNDED, t[:-1], data=handle) if t.endswith("*") else handle
-            for handle, (_, t) in zip(handles, parameters, strict=True)
-        ]
-        body(*arguments)
+        body(*kernel_parameters(parameters))
     return building.get()
+
+
+def kernel_parameters(parameters: Sequence[tuple[str, str]]) -> list[Any]:
+    """Declare the parameters of the PrimFunc being built: flat buffers and scalars."""
+    handles = [
+        T.arg(p, T.handle(t[:-1]) if t.endswith("*") else getattr(T, t)()) for p, t in parameters
+    ]
+    return [
+        T.decl_buffer(UNBOUNDED, t[:-1], data=handle) if t.endswith("*") else handle
+        for handle, (_, t) in zip(handles, parameters, strict=True)
+    ]
 
 
 def local(count: int, dtype: str) -> Buffer:

@@ -17,11 +17,9 @@ from bitcompile.targets.tir.dsl import (
     when,
 )
 from bitcompile.targets.tir.epilogue import GROUP_SIZES, PARAMETERS, Epilogue
-from bitcompile.targets.tir.gemv import OPERANDS, SIZES, broadcast_quad
+from bitcompile.targets.tir.gemv import OPERANDS, SIZES
 from bitcompile.targets.tir.isa import MAX_FIELD, TILE, TILE_ROWS, Isa, field_shifted
-
-QUADS = 4
-"""4-column steps of a 16-column block."""
+from bitcompile.targets.tir.tiles import RegisterTile, register_tile
 
 
 def gemm(isa: Isa, name: str, grouped: bool = False) -> Any:
@@ -70,9 +68,14 @@ class _Prefill:
     group_blocks: Expr = None
 
     @property
+    def tile(self) -> RegisterTile:
+        """Products of the register tile."""
+        return register_tile(self.isa, self.panel, self.q, self.KB)
+
+    @property
     def vectors(self) -> int:
         """Weight vectors of the register tile."""
-        return self.isa.gemm.tiles * self.isa.groups
+        return self.tile.vectors
 
     @property
     def cells(self) -> list[tuple[int, int]]:
@@ -80,7 +83,7 @@ class _Prefill:
         return [(r, v) for r in range(self.isa.gemm.rows) for v in range(self.vectors)]
 
     def unpack(self, tiles: Expr, first: Expr, count: Expr) -> None:
-        """``panel[k4][tile][group][bytes]``: codes of 4 consecutive columns per weight row."""
+        """One code a byte, in the order the register tile reads."""
         isa = self.isa
         with T.serial(count) as kb:
             for t in range(isa.gemm.tiles):
@@ -89,10 +92,8 @@ class _Prefill:
                 for g in range(isa.groups):
                     base = (tile * self.KB + first + kb) * TILE + g * isa.bytes
                     v = load(self.w, base, isa.bytes)
-                    for p in range(MAX_FIELD):
-                        vector = (kb * QUADS + p) * self.vectors + t * isa.groups + g
-                        code = field_shifted(v, p, isa.bytes)[0]
-                        store(self.panel, vector * isa.bytes, code, isa.bytes)
+                    codes = [field_shifted(v, p, isa.bytes)[0] for p in range(MAX_FIELD)]
+                    self.tile.unpack(kb, t * isa.groups + g, codes)
 
     def rows(self, mt: Expr, M: Expr, first: Expr, count: Expr, chunk: Expr, chunks: Expr) -> None:
         """One register tile over one panel: continue its sums, then keep or write them."""
@@ -101,9 +102,9 @@ class _Prefill:
         sums = local(len(self.cells) * lanes, "int32" if self.G is None else "float32")
         if self.G is None:
             # The earlier sums are read after the products: registers hold one tile, not two.
-            acc = self._multiply(m, first, 0, count)
+            acc = self.tile.multiply(m, first, 0, count)
             for i in range(len(self.cells)):
-                store(sums, i * lanes, self._total(acc, i), lanes)
+                store(sums, i * lanes, self.tile.total(acc, *self.cells[i]), lanes)
             self._add_earlier(sums, at, chunk)
         else:
             for i in range(len(self.cells)):
@@ -139,34 +140,14 @@ class _Prefill:
         size, lanes = self.group_blocks, self.isa.rows
         with T.serial(T.floordiv(count + (size - 1), size)) as inner:
             j = T.floordiv(first, size) + inner
-            acc = self._multiply(m, first, inner * size, T.min(size, count - inner * size))
+            acc = self.tile.multiply(m, first, inner * size, T.min(size, count - inner * size))
             for i, (r, v) in enumerate(self.cells):
                 tile, lane = divmod(self._first_row(v), TILE_ROWS)
-                at = (tile * self.G + j) * TILE_ROWS + lane
-                part = self.out.group_part(m + r, at, j, self.G, self._total(acc, i), lanes)
+                # A missing tile has no scales to read: it takes the first one's.
+                held = T.if_then_else(tile * TILE_ROWS < self.out.rows, tile, 0)
+                at = (held * self.G + j) * TILE_ROWS + lane
+                part = self.out.group_part(m + r, at, j, self.G, self.tile.total(acc, r, v), lanes)
                 store(sums, i * lanes, load(sums, i * lanes, lanes) + part, lanes)
-
-    def _total(self, acc: Buffer, cell: int) -> Expr:
-        """int32 products of one cell."""
-        lanes = self.isa.acc_lanes
-        return self.isa.widen(load(acc, cell * lanes, lanes))
-
-    def _multiply(self, m: Expr, first: Expr, offset: Expr, count: Expr) -> Buffer:
-        """Accumulators of the register tile: ``count`` blocks from ``offset`` in the panel on."""
-        isa = self.isa
-        lanes = isa.acc_lanes
-        acc = local(len(self.cells) * lanes, isa.acc_dtype)
-        for i in range(len(self.cells)):
-            store(acc, i * lanes, const(0, isa.acc_dtype, lanes), lanes)
-        with T.serial(count * QUADS) as step:
-            k4 = offset * QUADS + step
-            for r in range(isa.gemm.rows):
-                a = broadcast_quad(self.q, (m + r) * (self.KB * QUADS) + first * QUADS + k4, isa)
-                for v in range(self.vectors):
-                    at = (r * self.vectors + v) * lanes
-                    w = load(self.panel, (k4 * self.vectors + v) * isa.bytes, isa.bytes)
-                    store(acc, at, isa.ternary_dot(load(acc, at, lanes), w, a), lanes)
-        return acc
 
 
 def panel_bytes(isa: Isa) -> int:

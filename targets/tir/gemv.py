@@ -26,11 +26,6 @@ SIZES = (("tiles", "int32"), ("M", "int32"), ("KB", "int32"))
 """16-row weight tiles, activation rows, 16-column blocks."""
 
 
-def broadcast_quad(q: Buffer, index: Expr, isa: Isa) -> Expr:
-    """Four consecutive int8 activations (one int32 at ``index``) beside every weight row."""
-    return T.reinterpret(T.broadcast(q[index], isa.rows), dtype=f"int8x{isa.bytes}")
-
-
 class Accumulators:
     """Register accumulators of a block: by stream, activation row, vector of the tile, and shift.
 
@@ -195,7 +190,7 @@ class _Decode:
                 for p in range(MAX_FIELD):
                     codes, shift = isa.decode_field(v, p, isa.bytes)
                     for r in range(acc.batch):
-                        a = broadcast_quad(self.q, (m + r) * (self.KB * 4) + kb * 4 + p, isa)
+                        a = isa.quad(self.q, (m + r) * (self.KB * 4) + kb * 4, p, isa.bytes)
                         acc.add(t, r, g, shift, codes, a)
 
     def _each(

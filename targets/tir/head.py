@@ -18,13 +18,22 @@ from bitcompile.targets.tir.dsl import (
     splat,
     store,
 )
+from bitcompile.targets.tir.gates import f32
 from bitcompile.targets.tir.isa import Isa, shifted_bytes
-from bitcompile.targets.tir.rows import add_lanes, f32, quantized, row_magnitude, row_scale
+from bitcompile.targets.tir.rows import add_lanes, quantized, row_magnitude, row_scale
 
 CHUNK = 64
 """Table bytes of one step; an int32 lane covers 4 of them (``numerics.HEAD_LANES``)."""
 SPLIT = 128
 """Activations are ``128 * hi + lo``, both int8."""
+
+
+def _zero(isa: Isa, bits: int) -> int:
+    """What a code still exceeds its value by when it is multiplied.
+
+    Where products are signed, 8-bit codes lose their zero point before.
+    """
+    return 0 if isa.signed and bits == 8 else 1 << (bits - 1)
 
 
 def _parts(bits: int) -> int:
@@ -41,7 +50,7 @@ def head_quantize(isa: Isa, name: str, bits: int) -> Any:
     each lane. ``s``: float32 ``[M]``.
     """
     parts = _parts(bits)
-    zero = 1 << (bits - 1)
+    zero = _zero(isa, bits)
     lanes = numerics.HEAD_LANES
 
     def body(x: Buffer, hi: Buffer, lo: Buffer, offset: Buffer, s: Buffer, M: Expr, K: Expr,
@@ -88,7 +97,8 @@ def head(isa: Isa, name: str, bits: int) -> Any:
 
     def code(v: Expr, part: int) -> Expr:
         if bits == 8:
-            return v
+            sign = const(128, "uint8", isa.bytes)
+            return T.bitwise_xor(v, sign) if isa.signed else v
         moved = shifted_bytes(v, 4, isa.bytes) if part else v
         return T.bitwise_and(moved, const(15, "uint8", isa.bytes))
 

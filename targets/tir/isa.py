@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bitcompile.targets.tir.dsl import Expr, T, const, typed
+from bitcompile.targets.tir.dsl import Buffer, Expr, T, const, typed
 
 TILE = 64
 """Bytes of a weight tile of the CPU layout: 16 rows x 16 columns."""
@@ -19,6 +19,15 @@ MAX_FIELD = 4
 """Fields (2-bit codes) in a byte."""
 
 Dot = Callable[[Expr, Expr, Expr], Expr]
+
+Quad = Callable[[Buffer, Expr, int, int], Expr]
+"""``(q, index, p, lanes)``: the four int8 activations that int32 ``index + p`` of q holds, repeated
+to fill ``lanes`` bytes."""
+
+
+def broadcast_quad(q: Buffer, index: Expr, p: int, lanes: int) -> Expr:
+    """Four consecutive int8 activations beside every weight row, by a broadcasting load."""
+    return T.reinterpret(T.broadcast(q[index + p], lanes // 4), dtype=f"int8x{lanes}")
 
 
 def shifted_bytes(v: Expr, bits: int, lanes: int) -> Expr:
@@ -84,6 +93,8 @@ class Gemm:
     """16-row weight tiles of the register tile."""
     k_blocks: int
     """16-column blocks of a panel, unpacked once for many activation rows."""
+    quads: int = 1
+    """4-column steps of the innermost loop's body."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,7 @@ class Isa:
     bytes: int
     """Weight bytes of one vector: 4 per int32 lane."""
     dot4: Dot
-    """``acc int32 + sum of 4 products`` for any uint8 and int8; exact."""
+    """``acc int32 + sum of 4 products`` for any uint8 (int8 if ``signed``) and int8; exact."""
     ternary_dot: Dot
     """The same for field values and |q| <= 127, into accumulators of type ``acc_dtype``."""
     acc_dtype: str
@@ -107,7 +118,15 @@ class Isa:
     flush_blocks: int | None
     """16-column blocks after which gemv accumulators must be widened; None for never."""
     features: tuple[str, ...] = ()
-    """CPU features it needs, as named in ``custom_ops/csrc/cpu_x86.c``."""
+    """CPU features it needs, as named in ``custom_ops/csrc/cpu_*.c``."""
+    acc_parts: int = 1
+    """Accumulator lanes of one weight row."""
+    quad: Quad = broadcast_quad
+    signed: bool = False
+    """Whether ``dot4`` takes signed weights."""
+    matrix_dot: Dot | None = None
+    """``acc int32 [2, 2] + w int8 [2, 8] . a int8 [2, 8]`` (acc[a][w]), where there is such an
+    instruction: prefill then uses it."""
     gemv: Gemv = field(default_factory=Gemv)
     gemm: Gemm = field(default_factory=lambda: Gemm(rows=4, tiles=1, k_blocks=16))
 
@@ -124,4 +143,4 @@ class Isa:
     @property
     def acc_lanes(self) -> int:
         """Lanes of one accumulator."""
-        return self.rows * (2 if self.acc_dtype == "int16" else 1)
+        return self.rows * self.acc_parts

@@ -10,10 +10,14 @@ import tvm
 from tvm import s_tir, tirx
 
 
-def _passes() -> list[Any]:
+def lowering(text: bool = False) -> list[Any]:
     """TVM's lowering without MakePackedAPI, and without LowerTVMBuiltin.
 
     The latter would turn local arrays of 1 KiB and more into runtime workspace calls.
+    ``text``: for a generator of a GPU's source text. It declares arrays with constant extents alone
+    and finds the alignment of a vector load in its index, where a variable would hide it. And
+    StorageRewrite would let two arrays of a work-group share memory by a liveness that knows of one
+    work-item: another one may still read the first when this one stores to the second.
     """
     t, s = tirx.transform, s_tir.transform
     return [
@@ -21,7 +25,7 @@ def _passes() -> list[Any]:
         s.LowerInitBlock(),
         s.PlanAndUpdateBufferAllocationLocation(),
         s.ConvertBlocksToOpaque(),
-        s.CompactBufferAllocation(),
+        *([] if text else [s.CompactBufferAllocation()]),
         s.LowerMatchBuffer(),
         s.StmtSimplify(),
         s.LowerOpaqueBlock(),
@@ -29,14 +33,14 @@ def _passes() -> list[Any]:
         t.NarrowDataType(32),
         s.LoopPartition(),
         t.VectorizeLoop(True),
-        t.StorageRewrite(),
+        *([] if text else [t.StorageRewrite()]),
         s.HoistIfThenElse(),
         t.UnrollLoop(),
         s.RenormalizeSplitPattern(),
         t.StmtSimplify(),
         t.RemoveNoOp(),
         s.RewriteUnsafeSelect(),
-        t.CommonSubexprElim(),
+        *([] if text else [t.CommonSubexprElim()]),
         t.LowerIntrin(),
     ]
 
@@ -55,7 +59,7 @@ def compile_object(functions: Mapping[str, Any], target: Mapping[str, Any], path
             for symbol, function in functions.items()
         }
     )
-    lowered = tvm.ir.transform.Sequential(_passes())(module)
+    lowered = tvm.ir.transform.Sequential(lowering())(module)
     built = tvm.get_global_func("target.build.llvm")(lowered, goal)
     built.write_to_file(str(path))
     return built

@@ -9,25 +9,25 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import bitcompile.custom_ops.csrc
+import bitcompile.errors
 from bitcompile.errors import ToolchainError
 from bitcompile.target import Kernel
+from bitcompile.targets.tir.linking import CSRC, LINUX, System
 
 if TYPE_CHECKING:
     from bitcompile.targets.tir.isa import Isa
 
-CSRC = Path(bitcompile.custom_ops.csrc.__path__[0])
 TIR = Path(__file__).parent
-GLUE = ("plugin.c", "checks.c", "cpu.c")
-"""The C sources of every CPU plugin."""
+GLUE = ("plugin.c", "checks.c")
+"""The C sources of every plugin."""
+CPU_GLUE = "cpu.c"
 NEEDED_BYTES = 32 << 20
 """Free space a compilation may take."""
 
@@ -54,6 +54,18 @@ GENERATORS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
 """Field of ``bc_variant`` (``kernels.h``): module, function, arguments after (isa, name)."""
 
 
+@dataclass(frozen=True)
+class DeviceCode:
+    """What a plugin has beside CPU kernels, to run the operators on another device."""
+
+    sources: tuple[str, ...]
+    """C files."""
+    table: Callable[[], str]
+    """C text that names the device (``bc_device``) and holds its kernels."""
+    key: str
+    """What the table depends on beside the project's sources."""
+
+
 def _generate(field: str, isa: Isa) -> Any:
     module, function, arguments = GENERATORS[field]
     generator = getattr(import_module(f"bitcompile.targets.tir.{module}"), function)
@@ -77,12 +89,16 @@ def kernel_table(isas: Sequence[str]) -> tuple[Kernel, ...]:
     )
 
 
+CPU_DEVICE = '#include "ops.h"\nconst Device *const bc_device = &bc_cpu_device;\n'
+"""The line that makes the CPU a plugin's device."""
+
+
 def _table_source(isas: Sequence[Isa], layout: str) -> str:
     """``kernels.c``: declarations, the variants, best first, and what their schedules must meet."""
     from bitcompile.packing import GROUP_SIZES
     from bitcompile.targets.tir.gemm import panel_bytes, partial_values
     from bitcompile.targets.tir.isa import TILE_ROWS
-    from bitcompile.targets.tir.roof import DOT_CHAINS
+    from bitcompile.targets.tir.roof import peak_macs
 
     lines = ['#include "kernels.h"', ""]
     for isa in isas:
@@ -97,7 +113,7 @@ def _table_source(isas: Sequence[Isa], layout: str) -> str:
             "features": f'"{",".join(isa.features)}"',
             "gemm_rows": isa.gemm.rows,
             "gemm_tiles": isa.gemm.tiles,
-            "dot_roof_macs": DOT_CHAINS * isa.bytes,
+            "dot_roof_macs": peak_macs(isa),
             **{field: symbol(field, isa.name) for field in GENERATORS},
         }
         lines.append("  {" + ", ".join(f".{name} = {value}" for name, value in values.items()))
@@ -123,63 +139,65 @@ def cache_dir() -> Path:
     return Path(base) / "bitcompile"
 
 
-def _fingerprint(*parts: str) -> str:
-    """Hash of the generators, the C sources and the compilers' versions."""
+def fingerprint(*parts: str, more: Sequence[Path] = ()) -> str:
+    """Hash of the generators, the C sources, ``more`` files and the compilers' versions.
+
+    Raises ToolchainError if a compiler is not installed.
+    """
     spine = Path(bitcompile.errors.__file__).parent
-    sources = [*sorted(TIR.glob("*.py")), *sorted(CSRC.iterdir()), spine / "numerics.py"]
+    sources = [*sorted(TIR.rglob("*.*")), *sorted(CSRC.rglob("*.*")), spine / "numerics.py", *more]
     digest = hashlib.sha256()
     for path in sources:
-        if path.is_file():
+        if path.is_file() and path.suffix != ".pyc":
             digest.update(path.name.encode() + path.read_bytes())
-    versions = [metadata.version(package) for package in ("apache-tvm", "ziglang")]
-    digest.update("\0".join([*versions, *parts]).encode())
-    return digest.hexdigest()[:16]
-
-
-def zig(arguments: Sequence[str]) -> None:
-    """Run ``zig``; raises ToolchainError with its first complaint."""
-    command = [sys.executable, "-m", "ziglang", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        complaint = next((x for x in done.stderr.splitlines() if "error" in x), "no message")
-        raise ToolchainError(f"zig could not compile the plugin: {complaint.strip()}")
-
-
-def link(triple: str, objects: Sequence[Path], sources: Sequence[Path], out: Path) -> None:
-    """Compile the C glue and link everything into a shared library for ``triple``."""
-    zig(
-        ["cc", "-target", triple, "-std=c11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
-        + ["-Wall", "-Wextra", "-Werror", "-fno-sanitize=all", "-s", f"-I{CSRC}"]
-        + [f"-Wl,--version-script={CSRC / 'plugin.map'}", "-Wl,-z,now"]
-        + [f"-Wl,-soname,{out.name}"]
-        + [str(path) for path in (*sources, *objects)]
-        + ["-o", str(out)]
-    )
-
-
-def build_plugin(
-    isas: Callable[[], Sequence[Isa]], triple: str, layout: str, library: str, cpu: str
-) -> Path:
-    """The plugin, from the cache or freshly compiled.
-
-    ``isas``: called only when it must be compiled (it imports TVM); ``cpu``: the C file that knows
-    the CPU's features. Raises ToolchainError if a compiler is missing or fails.
-    """
     try:
-        folder = cache_dir() / _fingerprint(triple, layout, library, cpu)
+        versions = [metadata.version(package) for package in ("apache-tvm", "ziglang")]
     except metadata.PackageNotFoundError as error:
         raise ToolchainError(
             f'package {error.name} is not installed: pip install "bitcompile[build]"'
         ) from None
-    path = folder / library
+    digest.update("\0".join([*versions, *parts]).encode())
+    return digest.hexdigest()[:16]
+
+
+def build_plugin(
+    isas: Callable[[], Sequence[Isa]],
+    triple: str,
+    layout: str,
+    library: str,
+    cpu: str,
+    system: System = LINUX,
+    device: DeviceCode | None = None,
+) -> Path:
+    """The plugin, from the cache or freshly compiled; beside it a static library if there is one.
+
+    ``isas``: called only when it must be compiled (it imports TVM); ``cpu``: the C file that knows
+    the CPU's features; ``system``: whose triple it is; ``device``: what runs the operators instead
+    of the CPU. Without ``isas`` there are no CPU kernels in it. Raises ToolchainError if a compiler
+    is missing or fails.
+    """
+    key = fingerprint(triple, layout, library, cpu, device.key if device else "")
+    return cached(
+        key,
+        library,
+        lambda path: _compile(isas(), triple, layout, CSRC / cpu, path, system, device),
+    )
+
+
+def cached(key: str, library: str, compile: Callable[[Path], None]) -> Path:
+    """The library kept under ``key``, or the one ``compile(path)`` leaves at its path.
+
+    Raises ToolchainError if the cache cannot be used.
+    """
+    path = cache_dir() / key / library
     try:
         if not _intact(path):
-            _require_space(folder.parent)
-            _compile(isas(), triple, layout, CSRC / cpu, path)
+            _require_space(path.parent.parent)
+            compile(path)
     except OSError as error:
         raise ToolchainError(
-            f"cannot use the cache {folder.parent} ({error.strerror}): set BITCOMPILE_CACHE to a "
-            "folder that can be written"
+            f"cannot use the cache {path.parent.parent} ({error.strerror}): set BITCOMPILE_CACHE "
+            "to a folder that can be written"
         ) from error
     return path
 
@@ -192,7 +210,14 @@ def _intact(path: Path) -> bool:
     """Whether a cached library is there and whole: a crash may have left a part of it."""
     if not path.exists() or not _hash_file(path).exists():
         return False
-    return hashlib.sha256(path.read_bytes()).hexdigest() == _hash_file(path).read_text("ascii")
+    return _digest(path) == _hash_file(path).read_text("ascii")
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a library and the static one beside it."""
+    archive = static_library(path)
+    beside = archive.read_bytes() if archive != path and archive.exists() else b""
+    return hashlib.sha256(path.read_bytes() + beside).hexdigest()
 
 
 def _require_space(folder: Path) -> None:
@@ -205,30 +230,68 @@ def _require_space(folder: Path) -> None:
         raise ToolchainError(f"no space left in {folder}: free some, or set BITCOMPILE_CACHE")
 
 
-def compile_kernels(isas: Sequence[Isa], layout: str, folder: Path) -> tuple[list[Path], Path]:
-    """Write the kernels' object files and ``kernels.c``, their table, to ``folder``."""
+def compile_kernels(
+    isas: Sequence[Isa], layout: str, folder: Path, mtriple: str | None = None
+) -> tuple[list[Path], Path]:
+    """Write the kernels' object files and ``kernels.c``, their table, to ``folder``.
+
+    ``mtriple``: LLVM's triple of the host, None for this machine's.
+    """
     from bitcompile.targets.tir.objects import compile_object
 
     objects = []
     for isa in isas:
         functions = {symbol(field, isa.name): _generate(field, isa) for field in GENERATORS}
         objects.append(folder / f"{isa.name}.o")
-        compile_object(functions, isa.target, objects[-1])
+        compile_object(
+            functions, {**isa.target, **({"mtriple": mtriple} if mtriple else {})}, objects[-1]
+        )
     table = folder / "kernels.c"
     table.write_text(_table_source(isas, layout))
     return objects, table
 
 
-def _compile(isas: Sequence[Isa], triple: str, layout: str, cpu: Path, path: Path) -> None:
-    """Compile and link into a temporary folder, then move the result to ``path``."""
+def _compile(
+    isas: Sequence[Isa],
+    triple: str,
+    layout: str,
+    cpu: Path,
+    path: Path,
+    system: System,
+    device: DeviceCode | None,
+) -> None:
+    """Compile and link into a temporary folder, then move the results to ``path``'s."""
     path.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         work = Path(name)
-        objects, table = compile_kernels(isas, layout, work)
+        objects: list[Path] = []
+        sources = [CSRC / name for name in (*GLUE, *(device.sources if device else ()))]
+        if isas:
+            objects, table = compile_kernels(isas, layout, work, system.llvm_triple(triple))
+            sources += [CSRC / CPU_GLUE, cpu, table]
+        sources.append(work / "device.c")
+        sources[-1].write_text(device.table() if device else CPU_DEVICE)
         made = work / path.name
-        link(triple, objects, [table, *(CSRC / name for name in GLUE), cpu], made)
-        digest = work / "sha256"
-        digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest(), "ascii")
-        # Two builds may meet here: each leaves a whole library, and both are the same program.
-        os.replace(digest, _hash_file(path))
-        os.replace(made, path)
+        system.link(triple, objects, sources, made)
+        if system.archive is not None:
+            system.archive(triple, objects, sources, static_library(made))
+        keep(made, path)
+
+
+def keep(made: Path, path: Path) -> None:
+    """Move a library, and the static one beside it, into their place in the cache.
+
+    Two builds may meet here: each leaves a whole library, and both are the same program.
+    """
+    digest = made.with_name("sha256")
+    digest.write_text(_digest(made), "ascii")
+    archive = static_library(made)
+    if archive != made and archive.exists():
+        os.replace(archive, static_library(path))
+    os.replace(digest, _hash_file(path))
+    os.replace(made, path)
+
+
+def static_library(library: Path) -> Path:
+    """Where the static library of a plugin lies."""
+    return library.with_suffix(".a")

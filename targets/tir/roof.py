@@ -48,13 +48,18 @@ def read_roof(isa: Isa, name: str) -> Any:
     return kernel(name, [("data", "uint8*"), ("out", "uint8*"), ("steps", "int32")], body)
 
 
-def dot_roof(isa: Isa, name: str) -> Any:
-    """``void name(seed, out, steps)``: ``steps`` rounds of 12 independent ternary dot products.
+def peak_macs(isa: Isa) -> int:
+    """Multiply-accumulates of one round of :func:`dot_roof`."""
+    return DOT_CHAINS * isa.bytes * (1 if isa.matrix_dot is None else 2)
 
-    ``seed``: 64 bytes; ``out``: int32 [16] that keeps the work alive. Returns nothing to compare:
-    one round is ``12 * bytes`` multiply-accumulates.
+
+def dot_roof(isa: Isa, name: str) -> Any:
+    """``void name(seed, out, steps)``: ``steps`` rounds of 12 independent products of prefill.
+
+    ``seed``: 64 bytes; ``out``: int32 [16] that keeps the work alive. Returns nothing to compare.
     """
     lanes, rows = isa.acc_lanes, isa.rows
+    product = isa.matrix_dot or isa.ternary_dot
 
     def body(seed: Buffer, out: Buffer, steps: Expr) -> None:
         acc = local(DOT_CHAINS * lanes, isa.acc_dtype)
@@ -65,7 +70,7 @@ def dot_roof(isa: Isa, name: str) -> Any:
         with T.serial(steps):
             for i in range(DOT_CHAINS):
                 at = i * lanes
-                store(acc, at, isa.ternary_dot(load(acc, at, lanes), w, a), lanes)
+                store(acc, at, product(load(acc, at, lanes), w, a), lanes)
         total = isa.widen(load(acc, 0, lanes))
         for i in range(1, DOT_CHAINS):
             total = total + isa.widen(load(acc, i * lanes, lanes))

@@ -26,16 +26,12 @@ from bitcompile.targets.tir.dsl import (
     typed,
     when,
 )
+from bitcompile.targets.tir.gates import CPU, GATES, f32
 from bitcompile.targets.tir.isa import Isa
 
 LANES = 16
 INF_BITS = 0x7F800000
 NAN_BITS = 0x7FC00000
-
-
-def f32(value: float, lanes: int) -> Expr:
-    """A float32 constant in every lane."""
-    return const(value, "float32", lanes)
 
 
 def vectors_and_tail(count: Expr, each: Callable[[Expr, int], None]) -> None:
@@ -212,63 +208,6 @@ def norm_quantize(isa: Isa, name: str) -> Any:
     return kernel(name, [*parameters, *sizes, ("eps", "float32")], body)
 
 
-def _exp(x: Expr, lanes: int) -> Expr:
-    """``numerics.exp``."""
-    x = T.max(T.min(x, f32(numerics.EXP_MAX, lanes)), f32(numerics.EXP_MIN, lanes))
-    n = round_to_int(x * f32(numerics.LOG2E, lanes), lanes)
-    nf = T.cast(n, typed("float32", lanes))
-    r = x - exact(nf * f32(numerics.LN2_HI, lanes), lanes)
-    r = exact(r - exact(nf * f32(numerics.LN2_LO, lanes), lanes), lanes)
-    p = f32(numerics.EXP_COEFFICIENTS[0], lanes)
-    for c in numerics.EXP_COEFFICIENTS[1:]:
-        p = exact(p * r, lanes) + f32(c, lanes)
-    y = exact(exact(p, lanes) * exact(r * r, lanes), lanes) + r + f32(1.0, lanes)
-    power = T.shift_left(n + const(127, "int32", lanes), const(23, "int32", lanes))
-    return exact(y, lanes) * T.reinterpret(power, dtype=typed("float32", lanes))
-
-
-def _sigmoid_product(x: Expr, z: Expr, lanes: int) -> Expr:
-    return x / (f32(1.0, lanes) + exact(_exp(f32(0.0, lanes) - z, lanes), lanes))
-
-
-def _relu2(g: Expr, lanes: int) -> Expr:
-    zero = f32(0.0, lanes)
-    positive = T.Select(g > zero, g, exact(g * zero, lanes))
-    return exact(positive * positive, lanes)
-
-
-def _silu(g: Expr, lanes: int) -> Expr:
-    return _sigmoid_product(g, g, lanes)
-
-
-def _gelu_tanh(g: Expr, lanes: int) -> Expr:
-    cube = exact(exact(g * g, lanes) * g, lanes)
-    inner = g + exact(cube * f32(numerics.GELU_TANH_C1, lanes), lanes)
-    return _sigmoid_product(g, exact(inner * f32(numerics.GELU_TANH_C0, lanes), lanes), lanes)
-
-
-def _gelu_erf(g: Expr, lanes: int) -> Expr:
-    zero = f32(0.0, lanes)
-    magnitude = T.Select(g > zero, g, zero - g)
-    z = exact(magnitude * f32(numerics.SQRT_HALF, lanes), lanes)
-    t = f32(1.0, lanes) / (f32(1.0, lanes) + exact(z * f32(numerics.ERF_P, lanes), lanes))
-    p = f32(numerics.ERF_COEFFICIENTS[0], lanes)
-    for c in numerics.ERF_COEFFICIENTS[1:]:
-        p = exact(p * t, lanes) + f32(c, lanes)
-    decay = exact(_exp(zero - exact(z * z, lanes), lanes), lanes)
-    tail = exact(exact(exact(p, lanes) * t, lanes) * decay, lanes)
-    half = exact(g * f32(0.5, lanes), lanes)
-    return half * T.Select(g > zero, f32(2.0, lanes) - tail, tail)
-
-
-GATES: dict[str, Callable[[Expr, int], Expr]] = {
-    "relu2": _relu2,
-    "silu": _silu,
-    "gelu_tanh": _gelu_tanh,
-    "gelu_erf": _gelu_erf,
-}
-
-
 def glu(isa: Isa, name: str, activation: str) -> Any:
     """``void name(both, hidden, M, F)``: ``hidden = act(both[:, :F]) * both[:, F:]``."""
     gate = GATES[activation]
@@ -280,7 +219,7 @@ def glu(isa: Isa, name: str, activation: str) -> Any:
                 g = load(both, m * (2 * F) + k, lanes)
                 up = load(both, m * (2 * F) + F + k, lanes)
                 # A vector's arithmetic has no branches: NaN and Inf run through.
-                store(hidden, m * F + k, exact(gate(g, lanes), lanes) * up, lanes)
+                store(hidden, m * F + k, exact(gate(CPU, g, lanes), lanes) * up, lanes)
 
             vectors_and_tail(F, each)
 

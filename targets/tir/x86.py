@@ -73,6 +73,7 @@ AVX2 = Isa(
     dot4=_dot4_avx2,
     ternary_dot=_vpmaddubsw,
     acc_dtype="int16",
+    acc_parts=2,
     widen=_pairs_to_int32,
     decode_field=_avx2_field,
     # An in-place factor of 4 adds at most 2 * (2 * 8 * 127) = 4064 a block: 8 blocks stay below

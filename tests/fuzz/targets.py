@@ -198,7 +198,7 @@ def onnx(work: Path) -> Prepared:
 
     from bitcompile import passing
     from bitcompile.frontends import foreign
-    from bitcompile.frontends.assembly import quiet
+    from bitcompile.frontends.surroundings import quiet
     from bitcompile.passes import pipeline
     from tests import graphs
     from tests.fuzz.protos import spoil_proto

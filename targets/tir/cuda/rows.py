@@ -1,0 +1,331 @@
+"""Norm, gated activation and quantisation of many rows. See ``bitcompile.numerics``.
+
+One block a row. Every operation rounds once, in the reference's order: the compiler fuses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bitcompile import numerics
+from bitcompile.targets.tir.cuda.device import (
+    ARITHMETIC,
+    Ids,
+    at,
+    barrier,
+    call,
+    device_kernel,
+    do,
+    dynamic,
+    long,
+    put,
+    read,
+    shared,
+    shuffle_xor,
+    variable,
+    view,
+)
+from bitcompile.targets.tir.cuda.tile import TOKEN_UNIT, TOKENS, UNIT_COLUMNS
+from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, when
+from bitcompile.targets.tir.gates import GATES
+
+THREADS = 256
+WARPS = THREADS // 32
+CHUNK = 2048
+"""Values of a row that wait in shared memory for the ordered sum of squares."""
+LANES = numerics.NORM_LANES
+INF_BITS = 0x7F800000
+NAN_BITS = 0x7FC00000
+FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16
+"""Element types by their ONNX number."""
+
+Row = Callable[[Expr], Expr]
+
+
+def gated(activation: Expr, gate: Expr, up: Expr) -> Expr:
+    """``act(gate) * up``; ``activation`` counts the gates of ``GATES`` in their order."""
+    result = variable(T.float32(0), "float32")
+    for number, function in enumerate(GATES.values()):
+        with when(activation == number):
+            put(result, function(ARITHMETIC, gate, 1) * up)
+    return result[0]
+
+
+def add_square(sums: Buffer, value: Expr) -> None:
+    """Add a square to a lane's sum, two roundings."""
+    put(sums, sums[0] + value * value)
+
+
+def tree(low: Expr, high: Expr) -> Expr:
+    """The sum of a warp's 64 partial sums, lanes i and i + h for h = 32, 16, ..., 1."""
+    total = variable(low + high, "float32")
+    for distance in (16, 8, 4, 2, 1):
+        put(total, total[0] + shuffle_xor(total[0], distance))
+    return total[0]
+
+
+def reciprocal_rms(total: Expr, K: Expr, eps: Expr) -> Expr:
+    """``fl(1 / sqrt(fl(total / K) + eps))``."""
+    mean = call("float32", "__fdiv_rn", total, T.cast(K, "float32"))
+    return call("float32", "__fdiv_rn", T.float32(1), call("float32", "__fsqrt_rn", mean + eps))
+
+
+def magnitude(value: Expr) -> Expr:
+    """The bits of ``|value|``, which order floats and put Inf and NaN on top."""
+    return T.bitwise_and(call("int32", "__float_as_int", value), T.int32(0x7FFFFFFF))
+
+
+def row_scale(bits: Expr) -> tuple[Expr, Expr]:
+    """Scale for the values of a row (0 if it holds NaN or Inf) and the one that is stored (NaN)."""
+    floor = numerics.AMAX_FLOOR.view("int32").item()
+    amax = call("float32", "__int_as_float", T.max(bits, T.int32(floor)))
+    scale = call("float32", "__fdiv_rn", T.float32(1), amax) * T.float32(127)
+    used = variable(scale, "float32")
+    kept = variable(used[0], "float32")
+    with when(bits >= INF_BITS):
+        put(used, T.float32(0))
+        put(kept, call("float32", "__int_as_float", T.int32(NAN_BITS)))
+    return used[0], kept[0]
+
+
+def place(m: Expr, k: Expr, token_groups: Expr) -> Expr:
+    """Byte of token ``m``, column ``k`` in the quantised activations (see :mod:`tile`)."""
+    row = m % TOKENS
+    unit = T.floordiv(k, UNIT_COLUMNS) * token_groups + T.floordiv(m, TOKENS)
+    piece = T.bitwise_xor(T.floordiv(k % UNIT_COLUMNS, 16), row)
+    return long(unit) * TOKEN_UNIT + row * UNIT_COLUMNS + piece * 16 + k % 16
+
+
+def each(ids: Ids, count: Expr, action: Callable[[Expr], None], stride: int = THREADS) -> None:
+    """``action(i)`` for i below ``count``, spread over the block's threads."""
+    with T.serial(T.floordiv(count + (stride - 1), stride)) as step:
+        i = step * stride + ids.thread
+        with when(i < count):
+            action(i)
+
+
+def block_max(ids: Ids, value: Expr, room: Buffer) -> Expr:
+    """The largest int32 of the block's threads; ``room`` holds one value a warp."""
+    most = variable(call("int32", "__reduce_max_sync", T.uint32(0xFFFFFFFF), value), "int32")
+    with when(ids.lane == 0):
+        put(room, most[0], ids.warp)
+    barrier()
+    for warp in range(WARPS):
+        put(most, T.max(most[0], room[warp]))
+    return most[0]
+
+
+def _rstd(ids: Ids, row: Row, K: Expr, eps: Expr) -> Expr:
+    """The reciprocal RMS of a row: all threads bring values, one warp adds them in order."""
+    waiting, result = shared(CHUNK, "float32"), shared(1, "float32")
+    low, high = (variable(T.float32(0), "float32") for _ in range(2))
+    with T.serial(T.floordiv(K + (CHUNK - 1), CHUNK)) as chunk:
+        first = chunk * CHUNK
+
+        def bring(i: Expr) -> None:
+            value = variable(T.float32(0), "float32")
+            with when(first + i < K):
+                put(value, row(first + i))
+            put(waiting, value[0], i)
+
+        barrier()
+        each(ids, CHUNK, bring)
+        barrier()
+        with when(ids.warp == 0), T.serial(CHUNK // LANES) as i:
+            add_square(low, waiting[i * LANES + ids.lane])
+            add_square(high, waiting[i * LANES + 32 + ids.lane])
+    with when(ids.warp == 0):
+        total = tree(low[0], high[0])
+        put(result, reciprocal_rms(total, K, eps))
+    barrier()
+    return result[0]
+
+
+PARAMETERS = [
+    ("x", "uint8*"), ("gamma", "float32*"), ("q", "uint8*"), ("s", "float32*"), ("qsum", "int32*"),
+    *((name, "int32") for name in ("K", "Kp", "token_groups", "type", "has_norm", "activation")),
+    ("eps", "float32"),
+]  # fmt: skip
+
+
+def any_rows(name: str) -> Any:
+    """:func:`rows` of any length and alignment: every pass reads the row again.
+
+    Rows of ``x``: gate (``activation`` >= 0), norm (``has_norm``), quantise.
+
+    ``x``: ``[M, K]`` of an element type, or float32 ``[M, 2K]`` if there is a gate. ``q``: int8 in
+    units, zeros from column K to Kp; ``s``, ``qsum``: ``[M]``. Grid: M blocks.
+    """
+
+    def body(ids: Ids, x: Buffer, gamma: Buffer, q: Buffer, s: Buffer, qsum: Buffer, K: Expr,
+             Kp: Expr, token_groups: Expr, type: Expr, has_norm: Expr, activation: Expr,
+             eps: Expr) -> None:  # fmt: skip
+        m = ids.block_x
+        most, sums = shared(WARPS, "int32"), shared(WARPS, "int32")
+        do("bc_let_next_start")
+        do("bc_wait_for_earlier")
+
+        def value(k: Expr) -> Expr:
+            result = variable(T.float32(0), "float32")
+            with when(activation < 0):
+                put(result, read("float32", "bc_load", x.data, long(m) * K + k, type))
+            with when(activation >= 0):
+                start = long(m) * (2 * K) + k
+                gate, up = (
+                    read("float32", "bc_load", x.data, start + i * K, FLOAT) for i in (0, 1)
+                )
+                put(result, gated(activation, gate, up))
+            return result[0]
+
+        rstd = variable(T.float32(0), "float32")
+        with when(has_norm != 0):
+            put(rstd, _rstd(ids, value, K, eps))
+
+        def normed(k: Expr) -> Expr:
+            result = variable(value(k), "float32")
+            with when(has_norm != 0):
+                put(result, (result[0] * rstd[0]) * gamma[k])
+            return result[0]
+
+        bits = variable(T.int32(0), "int32")
+        each(ids, K, lambda k: put(bits, T.max(bits[0], magnitude(normed(k)))))
+        scale, kept = row_scale(block_max(ids, bits[0], most))
+        total = variable(T.int32(0), "int32")
+
+        def four(i: Expr) -> None:
+            parts = local(4, "int32")
+            with T.serial(4) as j:
+                put(parts, T.int32(0), j)
+                with when(i * 4 + j < K):
+                    put(parts, call("int32", "bc_quantized", normed(i * 4 + j), scale), j)
+            word = variable(call("int32", "bc_pack", *(parts[j] for j in range(4))), "int32")
+            put(total, total[0] + call("int32", "bc_sum4", word[0]))
+            do("bc_put_int", q.data, place(m, i * 4, token_groups), word[0])
+
+        each(ids, T.floordiv(Kp, 4), four)
+        put(total, call("int32", "__reduce_add_sync", T.uint32(0xFFFFFFFF), total[0]))
+        with when(ids.lane == 0):
+            put(sums, total[0], ids.warp)
+        barrier()
+        with when(ids.thread == 0):
+            whole = variable(T.int32(0), "int32")
+            for warp in range(WARPS):
+                put(whole, whole[0] + sums[warp])
+            put(qsum, whole[0], m)
+            put(s, kept, m)
+
+    return device_kernel(name, PARAMETERS, THREADS, body)
+
+
+TURNS = 8
+"""Words of four values that a thread holds in :func:`rows`."""
+PART = THREADS * 16
+"""Values that the block loads at once."""
+LONGEST = THREADS * TURNS * 4
+"""Longest row of :func:`rows`."""
+
+
+def ordered_sum(values: Buffer, start: Expr, count: Expr, lane: Expr) -> Expr:
+    """The sum of squares of a row in shared memory, by one warp; ``count``: multiples of 512.
+
+    Zeros that fill the row up leave the sums as they are.
+    """
+    low, high = (variable(T.float32(0), "float32") for _ in range(2))
+    lows, highs = local(8, "float32"), local(8, "float32")
+    with T.serial(T.floordiv(count, 8 * LANES)) as turn:
+        for j in range(8):
+            at_lane = start + (turn * 8 + j) * LANES + lane
+            put(lows, values[at_lane], j)
+            put(highs, values[at_lane + 32], j)
+        for j in range(8):
+            add_square(low, lows[j])
+            add_square(high, highs[j])
+    return tree(low[0], high[0])
+
+
+def rows(name: str) -> Any:
+    """Rows of at most LONGEST values, a multiple of 4, aligned: a thread keeps its share.
+
+    The arguments are those of :func:`any_rows`. Dynamic shared memory: K rounded up to 512 floats,
+    and PART more with a gate.
+    """
+
+    def body(ids: Ids, x: Buffer, gamma: Buffer, q: Buffer, s: Buffer, qsum: Buffer, K: Expr,
+             Kp: Expr, token_groups: Expr, type: Expr, has_norm: Expr, activation: Expr,
+             eps: Expr) -> None:  # fmt: skip
+        m = ids.block_x
+        most, sums = shared(WARPS, "int32"), shared(WARPS, "int32")
+        norm = shared(1, "float32")
+        row = view(dynamic(), "float32")  # K values, and with a gate PART more
+        held, others = local(4 * TURNS, "float32"), local(16, "float32")
+        words = T.floordiv(K, 4)
+        filled = T.floordiv(K + 511, 512) * 512
+        do("bc_let_next_start")
+        do("bc_wait_for_earlier")
+        for i in range(4 * TURNS):
+            put(held, T.float32(0), i)
+        for half in range(TURNS // 4):
+            first, into = half * PART // 4 + ids.thread, at(held, half * 16)
+            with when(activation < 0):
+                do("bc_load_row4", into, x.data, long(m) * K, first, THREADS, words, type)
+            with when(T.And(activation >= 0, half * PART < K)):
+                start = long(m) * (2 * K)
+                do("bc_load_row4", into, x.data, start, first, THREADS, words, FLOAT)
+                do("bc_load_row4", at(others, 0), x.data, start + K, first, THREADS, words, FLOAT)
+                for turn in range(4):  # through shared memory: registers have no index
+                    word = turn * THREADS + ids.thread
+                    with when(half * PART + word * 4 < filled):
+                        gate_at = at(row, half * PART + word * 4)
+                        do("bc_store_shared4", gate_at, at(held, half * 16 + turn * 4))
+                        do("bc_store_shared4", at(row, filled + word * 4), at(others, turn * 4))
+                with T.serial(16) as i:
+                    own = (T.floordiv(i, 4) * THREADS + ids.thread) * 4 + i % 4
+                    with when(half * PART + own < K):
+                        gate, up = row[half * PART + own], row[filled + own]
+                        put(row, gated(activation, gate, up), half * PART + own)
+                for turn in range(4):
+                    word = turn * THREADS + ids.thread
+                    with when(half * PART + word * 4 < filled):
+                        gate_at = at(row, half * PART + word * 4)
+                        do("bc_load_shared4", at(held, half * 16 + turn * 4), gate_at)
+        with when(has_norm != 0):
+            for turn in range(TURNS):
+                word = turn * THREADS + ids.thread
+                with when(word * 4 < filled):
+                    do("bc_store_shared4", at(row, word * 4), at(held, turn * 4))
+            barrier()
+            with when(ids.warp == 0):
+                total = ordered_sum(row, T.int32(0), filled, ids.lane)
+                put(norm, reciprocal_rms(total, K, eps))
+            barrier()
+            for turn in range(TURNS):
+                word = turn * THREADS + ids.thread
+                with when(word < words):
+                    do("bc_load4", at(others, 0), gamma.data, long(word * 4), FLOAT)
+                    for j in range(4):
+                        put(held, (held[turn * 4 + j] * norm[0]) * others[j], turn * 4 + j)
+        bits = variable(T.int32(0), "int32")
+        for i in range(4 * TURNS):
+            put(bits, T.max(bits[0], magnitude(held[i])))
+        scale, kept = row_scale(block_max(ids, bits[0], most))
+        total = variable(T.int32(0), "int32")
+        for turn in range(TURNS):
+            word = turn * THREADS + ids.thread
+            with when(word < T.floordiv(Kp, 4)):
+                parts = [call("int32", "bc_quantized", held[turn * 4 + j], scale) for j in range(4)]
+                packed = variable(call("int32", "bc_pack", *parts), "int32")
+                put(total, total[0] + call("int32", "bc_sum4", packed[0]))
+                do("bc_put_int", q.data, place(m, word * 4, token_groups), packed[0])
+        put(total, call("int32", "__reduce_add_sync", T.uint32(0xFFFFFFFF), total[0]))
+        with when(ids.lane == 0):
+            put(sums, total[0], ids.warp)
+        barrier()
+        with when(ids.thread == 0):
+            whole = variable(T.int32(0), "int32")
+            for warp in range(WARPS):
+                put(whole, whole[0] + sums[warp])
+            put(qsum, whole[0], m)
+            put(s, kept, m)
+
+    return device_kernel(name, PARAMETERS, THREADS, body)

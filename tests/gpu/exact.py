@@ -1,0 +1,221 @@
+"""The CUDA kernels against the NumPy reference, on fresh random data: bits, not tolerances.
+
+Float16 and bfloat16 results are the float32 reference, rounded once more.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+
+from bitcompile import numerics
+from bitcompile.packing import CUDA_TILE, PackedTernary
+from tests.gpu.launch import GATES, NO_GATE, Launcher, Linear
+
+SHAPES = ((1, 1), (16, 128), (17, 129), (70, 100), (129, 257), (200, 640), (333, 1021), (260, 2050))
+TOKENS = (1, 2, 5, 8, 9, 16, 17, 40, 129, 300)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def on_gpu(array: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A copy on the GPU."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array)).cuda()
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def unpack(packed: torch.Tensor, N: int, K: int) -> torch.Tensor:
+    """Weights int8 ``[N, K]`` of packed bytes on the GPU, by the axes of the layout."""
+    layout = CUDA_TILE
+    R, C = packed.shape[:2]
+    codes = torch.stack([(packed >> (2 * i)) & 3 for i in range(4)], dim=-1)
+    split = codes.reshape(R, C, *layout.sizes(layout.data + layout.field))
+    natural = split.permute(*np.argsort(layout.order).tolist())
+    whole = natural.reshape(R * layout.tile_n, C * layout.tile_k)[:N, :K]
+    return whole.to(torch.int8) - 1
+
+
+def unpack_tokens(q: torch.Tensor, M: int, K: int, groups: int) -> torch.Tensor:
+    """Quantised activations int8 ``[M, K]`` from the order the kernels keep them in."""
+    units = -(-K // 128)
+    pieces = q[: units * groups * 1024].view(torch.int8).reshape(units, groups, 8, 8, 16)
+    row = torch.arange(8, device=q.device)
+    places = (row[None, :] ^ row[:, None]).reshape(1, 1, 8, 8, 1).expand(units, groups, 8, 8, 16)
+    natural = pieces.gather(3, places).reshape(units, groups * 8, 128).permute(1, 0, 2)
+    return natural.reshape(groups * 8, units * 128)[:M, :K]
+
+
+class Case:
+    """Random tensors of one product, and what the reference makes of them."""
+
+    def __init__(
+        self, rng: np.random.Generator, M: int, N: int, K: int, dtype: torch.dtype
+    ) -> None:
+        self.rng, self.M, self.N, self.K, self.dtype = rng, M, N, K, dtype
+        self.x = on_gpu(self._rows(M, K), dtype)
+        self.gamma = rng.standard_normal(K).astype(np.float32)
+        self.bias = rng.standard_normal(N).astype(np.float32)
+        self.residual = on_gpu(rng.standard_normal((M, N)).astype(np.float32), dtype)
+
+    def _rows(self, M: int, K: int) -> np.ndarray:
+        """Rows of several magnitudes; with three and more, one of zeros and one with a NaN."""
+        x = self.rng.standard_normal((M, K)).astype(np.float32)
+        x *= np.float32(2.0) ** self.rng.integers(-6, 5, (M, 1)).astype(np.float32)
+        if M > 2:
+            x[1] = 0
+            x[2, self.rng.integers(K)] = np.nan
+        return x
+
+    def weights(self, N: int, K: int) -> tuple[np.ndarray, np.ndarray, torch.Tensor, torch.Tensor]:
+        """Ternary weights and scales, and both as the kernels read them."""
+        weight = self.rng.integers(-1, 2, (N, K)).astype(np.int8)
+        scale = self.rng.random((N, 1)).astype(np.float32) + np.float32(0.01)
+        packed = PackedTernary.pack(weight, scale, CUDA_TILE)
+        return weight, scale, on_gpu(packed.data), on_gpu(packed.scale)
+
+    def wide(self, tensor: torch.Tensor) -> np.ndarray:
+        """A tensor in float32 for the reference."""
+        return tensor.float().cpu().numpy()
+
+    def narrow(self, array: np.ndarray) -> torch.Tensor:
+        """A result of the reference in the case's type."""
+        return torch.from_numpy(array).to(self.dtype)
+
+
+def same(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raises AssertionError at the first element whose value differs (NaN equals NaN)."""
+    got, expected = got.cpu(), expected.cpu()
+    differs = ~((got == expected) | (got.isnan() & expected.isnan()))
+    if differs.any():
+        at = tuple(differs.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int(differs.sum())} of {differs.numel()} differ, first at {at}: "
+            f"{got[at].item()} instead of {expected[at].item()}"
+        )
+
+
+def linear(launcher: Launcher, case: Case, norm: bool, extras: bool, tile: int = 0) -> None:
+    """BitLinear or NormBitLinear."""
+    weight, scale, w, w_scale = case.weights(case.N, case.K)
+    product = Linear(
+        case.x, w, w_scale, (case.N, case.K), case.dtype,
+        gamma=on_gpu(case.gamma) if norm else None,
+        bias=on_gpu(case.bias) if extras else None,
+        residual=case.residual if extras else None,
+        early=True, tile=tile,
+    )  # fmt: skip
+    scratch = product.scratch(launcher)
+    launcher.linear(product.job(), scratch)
+    torch.cuda.synchronize()
+    x = case.wide(case.x)
+    normed = numerics.rms_norm(x, case.gamma, 1e-5) if norm else x
+    y = numerics.ternary_matmul(normed, weight, scale)
+    if extras:
+        y = (y + case.bias) + case.wide(case.residual)
+    what = f"linear {case.M}x{case.N}x{case.K} {case.dtype} norm={norm} extras={extras} tile={tile}"
+    assert product.y is not None
+    if scratch.numel() > 1:
+        groups = -(-case.M // 8) if case.M <= 16 else -(-case.M // 256) * 32
+        q, _ = numerics.quantize_activations(normed)
+        same(f"{what}: q", unpack_tokens(scratch, case.M, case.K, groups).float(),
+             torch.from_numpy(q).float())  # fmt: skip
+    same(what, product.y, case.narrow(y.astype(np.float32)))
+
+
+def glu(launcher: Launcher, case: Case, gate: int, sub_norm: bool) -> None:
+    """The two products of BitGLU, as the plugin plans them."""
+    F = case.N
+    up_weight, up_scale, up_w, up_s = case.weights(2 * F, case.K)
+    down_weight, down_scale, down_w, down_s = case.weights(case.K, F)
+    up = Linear(case.x, up_w, up_s, (F, case.K), torch.float32, gamma=on_gpu(case.gamma),
+                gate_out=gate, early=True)  # fmt: skip
+    gate_in = NO_GATE
+    if not launcher.gates(up.job()):
+        up = up.changed(shape=(2 * F, case.K), gate_out=NO_GATE)
+        gate_in = gate
+    launcher.linear(up.job(), up.scratch(launcher))
+    sub = case.rng.standard_normal(F).astype(np.float32)
+    assert up.y is not None
+    down = Linear(up.y, down_w, down_s, (case.K, F), case.dtype, residual=case.x, gate_in=gate_in,
+                  gamma=on_gpu(sub) if sub_norm else None, early=True)  # fmt: skip
+    launcher.linear(down.job(), down.scratch(launcher))
+    torch.cuda.synchronize()
+    x = case.wide(case.x)
+    both = numerics.ternary_matmul(numerics.rms_norm(x, case.gamma, 1e-5), up_weight, up_scale)
+    hidden = numerics.ACTIVATIONS[GATES[gate]](both[:, :F]) * both[:, F:]
+    if sub_norm:
+        hidden = numerics.rms_norm(hidden, sub, 1e-5)
+    y = numerics.ternary_matmul(hidden, down_weight, down_scale) + x
+    assert down.y is not None
+    what = f"glu {case.M}x{F}x{case.K} {case.dtype} {GATES[gate]} sub_norm={sub_norm}"
+    same(what, down.y, case.narrow(y.astype(np.float32)))
+
+
+def large(launcher: Launcher, seed: int, N: int, K: int, M: int, tile: int = 0) -> None:
+    """A product of a real model's size against an exact float32 product of integers."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    generator = torch.Generator("cuda").manual_seed(seed)
+    w = random_weights(generator, N, K)
+    x = torch.randn((M, K), device="cuda", generator=generator)
+    w_scale = torch.rand((N, 1), device="cuda", generator=generator) + 0.1
+    product = Linear(x, w, w_scale, (N, K), torch.float32, early=True, tile=tile)
+    scratch = product.scratch(launcher)
+    launcher.linear(product.job(), scratch)
+    q, s = numerics.quantize_activations(x.cpu().numpy())
+    acc = on_gpu(q).float() @ unpack(w, N, K).float().T
+    expected = acc * (w_scale.reshape(1, -1) / on_gpu(s))
+    assert product.y is not None
+    same(f"large {M}x{N}x{K} tile={tile}", product.y, expected)
+
+
+def random_weights(generator: torch.Generator, N: int, K: int) -> torch.Tensor:
+    """Packed bytes of random ternary weights; N and K whole tiles."""
+    codes = [a | b << 2 | c << 4 | d << 6 for a, b, c, d in itertools.product(range(3), repeat=4)]
+    table = torch.tensor(codes, dtype=torch.uint8, device="cuda")
+    shape = CUDA_TILE.shape(N, K)
+    return table[torch.randint(0, len(codes), shape, device="cuda", generator=generator)]
+
+
+def small_cases(seed: int) -> Iterator[tuple[np.random.Generator, int, int, int, torch.dtype]]:
+    """Shapes with tails, every number of tokens, each with its own random numbers."""
+    rng = np.random.default_rng(seed)
+    for number, ((N, K), M) in enumerate(itertools.product(SHAPES, TOKENS)):
+        yield rng, M, N, K, DTYPES[number % 3]
+
+
+def products(seed: int, quick: bool) -> Iterator[Callable[[Launcher], None]]:
+    """Everything to check; ``quick`` is for slow sanitizers."""
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    tiles = (-1, *((64, 128, 256) if hopper else ()))
+    for number, (rng, M, N, K, dtype) in enumerate(small_cases(seed)):
+        if quick and number % 7:
+            continue
+        case = Case(rng, M, N, K, dtype)
+        extras = bool(number // 2 % 2)
+        yield partial(linear, case=case, norm=bool(number % 2), extras=extras)
+        yield partial(linear, case=case, norm=not number % 2, extras=extras)
+        yield partial(glu, case=case, gate=number % 4, sub_norm=bool(number % 3))
+        for tile in tiles if M > 16 else ():
+            yield partial(linear, case=case, norm=True, extras=True, tile=tile)
+    if quick:
+        return
+    for N, K in ((2560, 2560), (3840, 2560), (13824, 2560), (2560, 6912)):
+        for M in (1, 3, 16, 33, 512):
+            for tile in tiles if M > 16 else (0,):
+                yield partial(large, seed=seed + M, N=N, K=K, M=M, tile=tile)
+
+
+def check(launcher: Launcher, seed: int, quick: bool = False) -> int:
+    """The number of products compared; raises AssertionError with every difference."""
+    count, wrong = 0, []
+    for product in products(seed, quick):
+        count += 1
+        try:
+            product(launcher)
+        except AssertionError as error:
+            wrong.append(str(error))
+    assert not wrong, f"{len(wrong)} of {count} products are wrong:\n" + "\n".join(wrong[:40])
+    return count

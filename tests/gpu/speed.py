@@ -1,0 +1,328 @@
+"""Times of the CUDA kernels beside cuBLAS, cublasLt, Triton and the read floor, under CUDA graphs.
+
+Every launch of a graph reads other weights, more of them than the L2 cache holds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from tests.gpu.exact import random_weights
+from tests.gpu.launch import NO_GATE, Launcher, Linear
+
+SHAPES = ((2560, 2560), (6912, 2560), (2560, 6912), (3840, 2560), (13824, 2560))
+"""The products of BitNet b1.58 2B-4T, ``(N, K)``."""
+PREFILL = (128, 512, 1024, 2048, 4096)
+COLD_BYTES = 256 << 20
+REPEATS = 5
+LAYERS, HIDDEN, FFN, QKV = 30, 2560, 6912, 3840
+
+
+def captured(work: Callable[[], None]) -> Callable[[], None]:
+    """``work`` as a CUDA graph, after a warm-up."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    return graph.replay
+
+
+def seconds(run: Callable[[], None], least: float = 0.01) -> float:
+    """Median time of one call, over calls that take ``least`` seconds together."""
+    run()
+    torch.cuda.synchronize()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def once(count: int) -> float:
+        begin.record()
+        for _ in range(count):
+            run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / count
+
+    count = max(1, int(least / once(1)))
+    return statistics.median(once(count) for _ in range(REPEATS))
+
+
+def buffers(size: int) -> int:
+    """How many weights of ``size`` bytes are more than the cache holds."""
+    return max(2, min(256, COLD_BYTES // size))
+
+
+def rotated(launch: Sequence[Callable[[], None]]) -> float:
+    """Seconds of one launch, of a graph of all."""
+
+    def work() -> None:
+        for one in launch:
+            one()
+
+    return seconds(captured(work)) / len(launch)
+
+
+def attempt(time: Callable[[], float]) -> float:
+    """A time, or NaN where a competitor does not run here."""
+    try:
+        return time()
+    except Exception as error:  # its own kind for every library
+        print(f"   (not measured: {type(error).__name__}: {str(error)[:100]})")
+        return float("nan")
+
+
+# --- one product ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Weights:
+    """Random weights of one shape, as many as the cache cannot hold."""
+
+    N: int
+    K: int
+    packed: list[torch.Tensor]
+    scale: torch.Tensor
+
+    @classmethod
+    def make(cls, N: int, K: int) -> Weights:
+        """Different random bytes each."""
+        generator = torch.Generator("cuda").manual_seed(N + K)
+        count = buffers(N * K // 4)
+        packed = [random_weights(generator, N, K) for _ in range(count)]
+        return cls(N, K, packed, torch.full((N, 1), 0.02, device="cuda"))
+
+    def linears(self, M: int, **fields: object) -> list[Linear]:
+        """One product a weight, all of the same rows."""
+        x = torch.randn((M, self.K), device="cuda").half()
+        y = torch.empty((M, self.N), device="cuda", dtype=torch.float16)
+        shape = (self.N, self.K)
+        return [
+            Linear(x, w, self.scale, shape, torch.float16, y=y, **fields)  # type: ignore[arg-type]
+            for w in self.packed
+        ]
+
+
+def ours(launcher: Launcher, linears: Sequence[Linear]) -> float:
+    """Seconds of one product."""
+    scratch = linears[0].scratch(launcher)
+    first = linears[0].changed(quantised=False)
+    launcher.linear(first.job(), scratch)  # leaves quantised rows for those that want them
+    jobs = [one.job() for one in linears]
+    return rotated([lambda job=job: launcher.linear(job, scratch) for job in jobs])
+
+
+def read_floor(launcher: Launcher, weights: Weights) -> float:
+    """Seconds to read the packed weights and nothing else."""
+    out = torch.zeros(1, dtype=torch.int32, device="cuda")
+    return rotated([lambda w=w: launcher.read(w, out) for w in weights.packed])
+
+
+def cublas_bf16(N: int, K: int, M: int) -> float:
+    """Seconds of torch's bfloat16 product."""
+    count = buffers(2 * N * K)
+    x = torch.randn((M, K), device="cuda", dtype=torch.bfloat16)
+    ws = [torch.randn((N, K), device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+    y = torch.empty((M, N), device="cuda", dtype=torch.bfloat16)
+    return rotated([lambda w=w: torch.mm(x, w.T, out=y) for w in ws])
+
+
+def cublaslt_int8(N: int, K: int, M: int) -> float:
+    """Seconds of torch's int8 product (cublasLt), int32 results, no scaling."""
+    count = buffers(N * K)
+    x = torch.randint(-127, 128, (M, K), device="cuda", dtype=torch.int8)
+    ws = [torch.randint(-1, 2, (N, K), device="cuda", dtype=torch.int8) for _ in range(count)]
+    return rotated([lambda w=w: torch._int_mm(x, w.T) for w in ws])
+
+
+def triton_w2a8(N: int, K: int) -> float:
+    """Seconds of a plain Triton W2A8 product of one quantised row."""
+    from tests.gpu.triton_gemv import launch
+
+    count = buffers(N * K // 4)
+    q = torch.randint(-127, 128, (K,), device="cuda", dtype=torch.int8)
+    ws = [torch.randint(0, 256, (N, K // 4), device="cuda", dtype=torch.uint8) & 0xAA
+          for _ in range(count)]  # fmt: skip
+    y = torch.empty(N, device="cuda", dtype=torch.float32)
+    return rotated([lambda w=w: launch(w, q, y) for w in ws])
+
+
+def decode_table(launcher: Launcher) -> None:
+    """One token: microseconds, and shares of the read floor."""
+    print("== one token, us a call (x float16 to y float16; weights rotated through more than L2)")
+    heads = ("read floor", "product", "product+PDL", "op", "op+PDL", "floor/product", "GB/s op+PDL",
+             "Triton W2A8", "cuBLAS bf16")  # fmt: skip
+    print("N x K".ljust(13) + "".join(head.rjust(15) for head in heads))
+    for N, K in SHAPES:
+        weights = Weights.make(N, K)
+        floor = read_floor(launcher, weights)
+        product = ours(launcher, weights.linears(1, quantised=True))
+        early = ours(launcher, weights.linears(1, quantised=True, early=True))
+        gamma = torch.ones(K, device="cuda")
+        op = ours(launcher, weights.linears(1, gamma=gamma))
+        op_early = ours(launcher, weights.linears(1, gamma=gamma, early=True))
+        del weights
+        times = [floor, product, early, op, op_early]
+        cells = [f"{t * 1e6:.2f}" for t in times]
+        cells += [f"{floor / product:.2f}", f"{N * K / 4 / op_early / 1e9:.0f}"]
+        others = attempt(partial(triton_w2a8, N, K)), attempt(partial(cublas_bf16, N, K, 1))
+        cells += [f"{t * 1e6:.2f}" for t in others]
+        print(f"{N}x{K}".ljust(13) + "".join(cell.rjust(15) for cell in cells))
+
+
+def steps_table(launcher: Launcher) -> None:
+    """Row tiles a block: which choice is best here."""
+    print("== op+PDL by row tiles a block, us")
+    for N, K in SHAPES:
+        weights = Weights.make(N, K)
+        gamma = torch.ones(K, device="cuda")
+        cells = []
+        for step in (1, 2, 3, 4, 6, 8):
+            t = ours(launcher, weights.linears(1, gamma=gamma, early=True, step=step))
+            cells.append(f"{step}: {t * 1e6:.2f}")
+        print(f"{N}x{K}".ljust(13) + "  ".join(cells))
+
+
+def batch_table(launcher: Launcher) -> None:
+    """Small batches."""
+    print("== small batches, us an op (norm and product, PDL)")
+    batches = (1, 2, 4, 8, 16, 32)
+    print("N x K".ljust(13) + "".join(f"M={M}".rjust(9) for M in batches) + "   cuBLAS bf16 M=8")
+    for N, K in SHAPES:
+        weights = Weights.make(N, K)
+        gamma = torch.ones(K, device="cuda")
+        cells = [f"{ours(launcher, weights.linears(M, gamma=gamma, early=True)) * 1e6:.2f}"
+                 for M in batches]  # fmt: skip
+        other = attempt(lambda N=N, K=K: cublas_bf16(N, K, 8))
+        print(f"{N}x{K}".ljust(13) + "".join(c.rjust(9) for c in cells) + f"{other * 1e6:12.2f}")
+
+
+def prefill_table(launcher: Launcher, every_tile: bool = False) -> None:
+    """Many tokens: TOPS of the product alone and with its quantisation."""
+    print("== many tokens, TOPS (2 N K M / time); product: of quantised rows; op: norm included")
+    heads = ("product", "op", "cublasLt int8", "cuBLAS bf16", "x int8", "x bf16")
+    print("N x K".ljust(13) + "M".rjust(6) + "".join(head.rjust(15) for head in heads))
+    for N, K in SHAPES:
+        weights = Weights.make(N, K)
+        gamma = torch.ones(K, device="cuda")
+        for M in PREFILL:
+            product = ours(launcher, weights.linears(M, quantised=True, early=True))
+            op = ours(launcher, weights.linears(M, gamma=gamma, early=True))
+            int8 = attempt(lambda N=N, K=K, M=M: cublaslt_int8(N, K, M))
+            bf16 = attempt(lambda N=N, K=K, M=M: cublas_bf16(N, K, M))
+            tops = [f"{2 * N * K * M / t / 1e12:.0f}" for t in (product, op, int8, bf16)]
+            tops += [f"{int8 / product:.2f}", f"{bf16 / product:.2f}"]
+            line = f"{N}x{K}".ljust(13) + str(M).rjust(6) + "".join(c.rjust(15) for c in tops)
+            if every_tile:
+                for tile in (-1, 64, 128, 256):
+                    t = ours(launcher, weights.linears(M, quantised=True, early=True, tile=tile))
+                    line += f"  {tile}:{2 * N * K * M / t / 1e12:.0f}"
+            print(line, flush=True)
+
+
+# --- the stack ------------------------------------------------------------------------------------
+
+
+class Stack:
+    """The ternary operators of every layer of a 2B-4T-shaped model, each with its own weights."""
+
+    def __init__(self, launcher: Launcher, M: int, early: bool = True) -> None:
+        self.launcher, self.M = launcher, M
+        generator = torch.Generator("cuda").manual_seed(1)
+        self.bytes = 0
+
+        def weights(N: int, K: int) -> torch.Tensor:
+            self.bytes += N * K // 4
+            return random_weights(generator, N, K)
+
+        def like(N: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+            return torch.zeros((M, N), device="cuda", dtype=dtype)
+
+        ones, wide = (torch.ones(n, device="cuda") for n in (HIDDEN, FFN))
+        small = {n: torch.full((n, 1), 0.01, device="cuda") for n in (QKV, HIDDEN, 2 * FFN)}
+        self.x = torch.randn((M, HIDDEN), device="cuda").half()
+        hidden, qkv, attended = self.x, like(QKV), like(HIDDEN)
+        both = like(2 * FFN, torch.float32)
+        self.work: list[Linear] = []
+        for _ in range(LAYERS):
+            made = {"early": early}
+            self.work.append(Linear(hidden, weights(QKV, HIDDEN), small[QKV], (QKV, HIDDEN),
+                                    torch.float16, gamma=ones, y=qkv, **made))  # fmt: skip
+            query = qkv.reshape(-1)[: M * HIDDEN].reshape(M, HIDDEN)  # stands for attention
+            after = like(HIDDEN)
+            self.work.append(Linear(query, weights(HIDDEN, HIDDEN), small[HIDDEN], (HIDDEN, HIDDEN),
+                                    torch.float16, gamma=ones, residual=hidden, y=after,
+                                    **made))  # fmt: skip
+            up = Linear(after, weights(2 * FFN, HIDDEN), small[2 * FFN], (FFN, HIDDEN),
+                        torch.float32, gamma=ones, gate_out=0, y=both, **made)  # fmt: skip
+            gate_in = NO_GATE
+            if not launcher.gates(up.job()):
+                up = up.changed(shape=(2 * FFN, HIDDEN), gate_out=NO_GATE, y=both)
+                gate_in = 0
+            self.work.append(up)
+            nexts = like(HIDDEN)
+            self.work.append(Linear(both, weights(HIDDEN, FFN), small[HIDDEN], (HIDDEN, FFN),
+                                    torch.float16, gamma=wide, gate_in=gate_in, residual=after,
+                                    y=nexts, **made))  # fmt: skip
+            hidden = nexts
+        del attended
+        self.jobs = [one.job() for one in self.work]
+        size = max(launcher.scratch_bytes(job) for job in self.jobs)
+        self.scratch = torch.empty(max(1, size), dtype=torch.uint8, device="cuda")
+
+    def run(self) -> None:
+        """Every operator once."""
+        for job in self.jobs:
+            self.launcher.linear(job, self.scratch)
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of one run."""
+        return 2 * 4 * self.bytes * self.M
+
+
+def stack_table(launcher: Launcher, bandwidth: float) -> None:
+    """A whole token, and prefill."""
+    for early in (False, True):
+        stack = Stack(launcher, 1, early)
+        t = seconds(captured(stack.run), 0.05)
+        share = stack.bytes / t / bandwidth
+        print(
+            f"stack, one token, PDL {early}: {t * 1e6:.0f} us, {1 / t:.0f} tokens/s, "
+            f"{stack.bytes / t / 1e9:.0f} GB/s = {share:.0%} of the read bandwidth"
+        )
+    joules = attempt(lambda: energy(captured(Stack(launcher, 1).run)))
+    print(f"stack, energy a token: {joules * 1e3:.1f} mJ (NVML, whole card)")
+    for M in (512, 1024, 2048, 4096):
+        stack = Stack(launcher, M)
+        t = seconds(captured(stack.run), 0.05)
+        print(
+            f"stack, prefill of {M}: {t * 1e3:.2f} ms, {M / t:.0f} tokens/s, "
+            f"{stack.operations / t / 1e12:.0f} TOPS"
+        )
+
+
+def energy(run: Callable[[], None]) -> float:
+    """Joules of one call, by the card's counter over about two seconds."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    count = int(2 / seconds(run))
+    before = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    for _ in range(count):
+        run()
+    torch.cuda.synchronize()
+    return (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1e3 / count
+
+
+def read_bandwidth(launcher: Launcher) -> float:
+    """Bytes a second of one long read."""
+    data = torch.randint(0, 1 << 30, (1 << 28,), device="cuda", dtype=torch.int32)
+    out = torch.zeros(1, dtype=torch.int32, device="cuda")
+    return data.numel() * 4 / seconds(captured(lambda: launcher.read(data, out)), 0.05)
