@@ -386,7 +386,9 @@ def write(
     files = {library: lowered.library, **lowered.target.embeds(lowered.library)}
     for name, source in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, folder / name)
+        shutil.copy(source, folder / name)  # a program stays one
+    for name, text in lowered.target.texts(lowered.graph.graph).items():
+        (folder / name).write_text(text, "utf-8")
     if imported.language is not None:
         _write_language_files(folder, imported.language, lowered.target)
     readme = companions.readme(imported, lowered)
@@ -398,6 +400,7 @@ def write(
         "source": imported.source,
         "target": _describe_target(lowered),
         "layout": lowered.layout,
+        "layout_reason": lowered.layout_reason,
         "library": library,
         "min_onnxruntime": MIN_ONNXRUNTIME,
         "options": dict(options),

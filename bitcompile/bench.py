@@ -33,19 +33,21 @@ NOISY = 0.2
 
 
 class Decoder:
-    """One sequence on a session, with KV buffers that are written in place.
+    """Sequences of one length on a session, with KV buffers that are written in place.
 
-    ``capacity``: tokens the buffers hold. Raises InputError for an artifact that is no language
-    model.
+    ``capacity``: tokens the buffers hold; ``batch``: sequences that go together.
     """
 
-    def __init__(self, session: Any, language: Mapping[str, Any], capacity: int) -> None:
+    def __init__(
+        self, session: Any, language: Mapping[str, Any], capacity: int, batch: int = 1
+    ) -> None:
         import onnxruntime
 
         self._session = session
         self._binding = session.io_binding()
         self._length = 0
-        shape = (1, language["num_kv_heads"], capacity, language["head_size"])
+        self.batch = batch
+        shape = (batch, language["num_kv_heads"], capacity, language["head_size"])
         for i in range(language["num_layers"]):
             for part in ("key", "value"):
                 buffer = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
@@ -53,15 +55,17 @@ class Decoder:
                 self._binding.bind_ortvalue_output(f"present.{i}.{part}", buffer)
         self._binding.bind_output("logits", "cpu")
 
-    def reset(self) -> None:
-        """Forget the sequence."""
-        self._length = 0
+    def reset(self, length: int = 0) -> None:
+        """Forget the sequences; as if ``length`` tokens had been fed, whatever the cache holds."""
+        self._length = length
 
     def feed(self, tokens: np.ndarray[Any, np.dtype[np.int64]]) -> int:
-        """Append tokens int64 ``[S]``; the most likely next token."""
+        """Append tokens int64 ``[S]`` to every sequence; the most likely next token."""
         self._length += len(tokens)
-        self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[None]))
-        self._binding.bind_cpu_input("attention_mask", np.ones((1, self._length), np.int64))
+        repeated = np.ascontiguousarray(np.broadcast_to(tokens, (self.batch, len(tokens))))
+        self._binding.bind_cpu_input("input_ids", repeated)
+        mask = np.ones((self.batch, self._length), np.int64)
+        self._binding.bind_cpu_input("attention_mask", mask)
         self._session.run_with_iobinding(self._binding)
         logits = self._binding.get_outputs()[-1].numpy()
         return int(logits[0, -1].argmax())
@@ -74,22 +78,30 @@ def bench(
     threads: int | None = None,
     repeat: int = 5,
     progress: Progress = silent,
+    context: int | None = None,
+    batch: int = 1,
+    ops: bool = False,
 ) -> dict[str, Any]:
     """Measure an artifact; the keys are those of ``bitcompile bench --json``.
 
     ``prefill`` and ``decode``: tokens of a measurement; ``threads``: intra-op threads (None: every
-    CPU this process may use); ``repeat``: interleaved repeats. Rates are medians. Raises InputError
-    for an artifact without a language model, UsageError for sizes it cannot hold, ToolchainError
-    if the onnx package (for the roofs' models) is missing.
+    CPU this process may use); ``repeat``: interleaved repeats; ``context``: tokens in the cache
+    when decoding begins (None: the prefill's); ``batch``: sequences decoded together, whose tokens
+    all count; ``ops``: also the time of each kind of operator (:mod:`bitcompile.bench_ops`). Rates
+    are medians. Raises InputError for an artifact without a language model, UsageError for sizes it
+    cannot hold, ToolchainError if the onnx package (for the roofs' models) is missing.
     """
     language = artifact.manifest["language"]
     if language is None:
         raise InputError("bench measures language models; this artifact has no decoder")
-    if min(prefill, decode, repeat) < 1:
-        raise UsageError("prefill, decode and repeat must be 1 or more")
-    if prefill + decode > language["context_length"]:
+    if min(prefill, decode, repeat, batch) < 1:
+        raise UsageError("prefill, decode, repeat and batch must be 1 or more")
+    start = prefill if context is None else context
+    longest = max(prefill, start + decode)
+    if longest > language["context_length"]:
+        what = "prefill + decode" if context is None else "context + decode"
         raise UsageError(
-            f"prefill + decode = {prefill + decode} tokens, but the artifact's context is "
+            f"{what} = {longest} tokens, but the artifact's context is "
             f"{language['context_length']}: ask for fewer, or build with --context"
         )
     threads = threads or len(os.sched_getaffinity(0))
@@ -100,21 +112,33 @@ def bench(
     began = time.perf_counter()
     session = runtime.load(artifact.path, threads=threads)
     load_s = time.perf_counter() - began
-    decoder = Decoder(session, language, prefill + decode)
+    single = Decoder(session, language, longest)
+    together = single if batch == 1 else Decoder(session, language, longest, batch)
     tokens = np.arange(prefill, dtype=np.int64) % language["vocab_size"]
-    for warm in (tokens, *[tokens[:1]] * WARM_UP_TOKENS):
-        decoder.reset()
-        decoder.feed(warm)
-    resident = resident_bytes() - before - kv_bytes(language, prefill + decode)
+    single.feed(tokens)
+    for _ in range(WARM_UP_TOKENS):
+        together.reset(start)
+        together.feed(tokens[:1])
+    caches = 1 if batch == 1 else batch + 1
+    resident = resident_bytes() - before - caches * kv_bytes(language, longest)
 
     seconds: dict[str, list[float]] = {"read": [], "prefill": [], "decode": [], "dot": []}
     for i in range(repeat):
         progress(f"measuring, repeat {i + 1} of {repeat}")
         seconds["read"].append(settled(roofs.read))
-        seconds["prefill"].append(_prefill(decoder, tokens))
-        seconds["decode"].append(_decode(decoder, decode))
+        seconds["prefill"].append(_prefill(single, tokens))
+        seconds["decode"].append(_decode(together, start, decode))
         seconds["dot"].append(settled(roofs.dot))
-    return _report(artifact, prefill, decode, threads, seconds, roofs, resident, load_s)
+    sizes = {"prefill": prefill, "decode": decode, "context": start, "batch": batch}
+    report = _report(artifact, sizes, threads, seconds, roofs, resident, load_s)
+    if ops:
+        from bitcompile.bench_ops import measure_operators
+
+        progress("timing operators")
+        report["operators"] = measure_operators(
+            artifact, sizes, threads, report["read_roof_bytes_per_s"]
+        )
+    return report
 
 
 def _prefill(decoder: Decoder, tokens: np.ndarray[Any, np.dtype[np.int64]]) -> float:
@@ -125,8 +149,9 @@ def _prefill(decoder: Decoder, tokens: np.ndarray[Any, np.dtype[np.int64]]) -> f
     return settled(run) if len(tokens) <= WARM_PREFILL else timed(run)
 
 
-def _decode(decoder: Decoder, count: int) -> float:
+def _decode(decoder: Decoder, start: int, count: int) -> float:
     token = 0
+    decoder.reset(start)
     began = time.perf_counter()
     for _ in range(count):
         token = decoder.feed(np.array([token]))
@@ -149,8 +174,7 @@ def settled(action: Callable[[], Any]) -> float:
 
 def _report(
     artifact: Artifact,
-    prefill: int,
-    decode: int,
+    sizes: Mapping[str, int],
     threads: int,
     seconds: Mapping[str, list[float]],
     roofs: Roofs,
@@ -162,21 +186,26 @@ def _report(
     median = {name: statistics.median(values) for name, values in rates.items()}
     read_roof = median["read"] * ROOF_BYTES
     int_peak = median["dot"] * roofs.macs
-    context = prefill + decode / 2
-    touched = bytes_per_token(artifact) + kv_bytes(language, 1) * context
+    prefill, decode, batch = sizes["prefill"], sizes["decode"], sizes["batch"]
+    context = sizes["context"] + decode / 2
+    # A step reads the weights once for all its sequences, and each one's cache.
+    touched = bytes_per_token(artifact) / batch + kv_bytes(language, 1) * context
     spread = (max(rates["read"]) - min(rates["read"])) / median["read"]
-    decode_rate, prefill_rate = median["decode"] * decode, median["prefill"] * prefill
+    decoded = decode * batch
+    decode_rate, prefill_rate = median["decode"] * decoded, median["prefill"] * prefill
     return {
         "threads": threads,
         "isa": roofs.isa,
         "prefill_tokens": prefill,
         "decode_tokens": decode,
+        "context": sizes["context"],
+        "batch": batch,
         "prefill_tokens_per_s": prefill_rate,
         "prefill_tokens_per_s_range": [min(rates["prefill"]) * prefill,
                                        max(rates["prefill"]) * prefill],
         "decode_tokens_per_s": decode_rate,
-        "decode_tokens_per_s_range": [min(rates["decode"]) * decode,
-                                      max(rates["decode"]) * decode],
+        "decode_tokens_per_s_range": [min(rates["decode"]) * decoded,
+                                      max(rates["decode"]) * decoded],
         "time_to_first_token_s": statistics.median(seconds["prefill"]),
         "bytes_per_token": round(touched),
         "read_roof_bytes_per_s": read_roof,

@@ -431,25 +431,106 @@ def verify(artifact: Path, isa: str | None, fallback: bool, as_json: bool) -> No
     show_default=True,
     help="Repeats; medians count.",
 )
+@click.option(
+    "--context",
+    type=click.IntRange(min=0),
+    help="Tokens in the KV cache when decoding begins [default: the prompt's].",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Sequences decoded together; all their tokens count.",
+)
+@click.option("--ops", is_flag=True, help="Also time each kind of operator.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw the result into a .png or .svg file (needs matplotlib).",
+)
 @_threads
 @_json
 @_debug
 def bench(
-    artifact: Path, prefill: int, decode: int, repeat: int, threads: int | None, as_json: bool
+    artifact: Path,
+    prefill: int,
+    decode: int,
+    repeat: int,
+    context: int | None,
+    batch: int,
+    ops: bool,
+    plot: Path | None,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Measure tokens per second, bytes per token and the share of the machine's roof."""
+    from bitcompile import bench_plot
     from bitcompile.bench import bench as measure
 
+    if plot is not None:
+        bench_plot.check(plot)
     opened = Artifact.open(artifact)
     opened.check_sizes()
     with _progress() as progress:
-        result = measure(opened, prefill, decode, threads, repeat, progress)
+        result = measure(opened, prefill, decode, threads, repeat, progress, context, batch, ops)
+    if plot is not None:
+        bench_plot.plot(result, plot)
     if as_json:
         _print_json(result)
-    else:
+        return
+    operators = result.pop("operators", [])
+    click.echo("\n".join(aligned([[k.replace("_", " "), _number(v)] for k, v in result.items()])))
+    if operators:
+        click.echo("\n" + "\n".join(aligned(_operator_table(operators), right=True)))
+    if not result["trustworthy"]:
         click.echo(
-            "\n".join(aligned([[k.replace("_", " "), _number(v)] for k, v in result.items()]))
+            "this machine was too noisy: its read roof changed by "
+            f"{result['read_roof_spread']:.0%} between repeats; run it again alone",
+            err=True,
         )
+
+
+def _operator_table(operators: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    rows = [["operator", "nodes", "ms a step", "MB", "GB/s", "of the roof"]]
+    for row in operators:
+        rate = row["bytes"] / row["seconds"] / 1e9 if row["seconds"] > 0 else 0.0
+        reads = [f"{row['bytes'] / 1e6:.1f}", f"{rate:.1f}", f"{row['roof_share']:.0%}"]
+        known = reads if row["bytes"] else ["", "", ""]
+        rows.append([row["op"], str(row["nodes"]), f"{1e3 * row['seconds']:.3f}", *known])
+    return rows
+
+
+@cli.command()
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Presets file to add to [default: the one in the cache folder, which builds read].",
+)
+@click.option(
+    "--repeat",
+    type=click.IntRange(min=1),
+    default=7,
+    show_default=True,
+    help="Repeats; medians count.",
+)
+@_threads
+@_json
+@_debug
+def tune(out: Path | None, repeat: int, threads: int | None, as_json: bool) -> None:
+    """Find the fastest kernel schedules for this CPU; later builds use them."""
+    from bitcompile.tuning import tune as search
+
+    with _progress() as progress:
+        result = search(out, threads, repeat, progress)
+    if as_json:
+        _print_json(result)
+        return
+    for kind in ("gemv", "gemm"):
+        chosen = ", ".join(f"{name} {value}" for name, value in result[kind].items())
+        click.echo(f"{kind}  {chosen}")
+    click.echo(f"remembered for {result['isa']} on {result['cpu']}")
 
 
 def _number(value: Any) -> str:

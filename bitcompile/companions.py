@@ -195,6 +195,71 @@ let session = try ORTSession(env: ORTEnv(loggingLevel: .warning), modelPath: mod
 
 """
 
+_OPENCL = """\
+## The GPU
+
+When `{library}` is loaded it looks for an OpenCL driver, takes the first GPU
+(`BITCOMPILE_CL_DEVICE` may hold a part of another one's name), checks its arithmetic and compiles
+the kernels. That takes seconds once; the result is kept in `$BITCOMPILE_CACHE`, else
+`~/.cache/bitcompile`. `BITCOMPILE_VERBOSE=1` prints what it runs on.
+
+"""
+
+_OPENCL_ANDROID = """\
+## The phone's GPU
+
+From Android 12 on an app sees the vendor's OpenCL only if its manifest asks, inside
+`<application>`:
+
+```xml
+<uses-native-library android:name="libOpenCL.so" android:required="false" />
+<uses-native-library android:name="libOpenCL-pixel.so" android:required="false" />
+```
+
+When the plugin is loaded it checks the GPU's arithmetic and compiles the kernels, which takes
+seconds once. Say before where the result may be kept:
+
+```kotlin
+android.system.Os.setenv("BITCOMPILE_CACHE", context.codeCacheDir.path, true)
+```
+
+"""
+
+_CALIBRATE = """\
+## What goes to the GPU
+
+Prompts, and every call if the GPU has memory of its own; the CPU computes the rest, and all of it
+where there is no GPU, to the same numbers. `calibrate` measures both here and writes its choice to
+`{library}.offload`, which the plugin reads when it is loaded:
+
+```console
+$ ./calibrate -t 4 .
+```
+
+`BITCOMPILE_OFFLOAD`, one of `none`, `prefill` and `all`, overrules it.
+
+"""
+
+_CALIBRATE_ANDROID = """\
+## What goes to the GPU
+
+Prompts, and every call if the GPU has memory of its own; the CPU computes the rest, and all of it
+where there is no GPU, to the same numbers. `calibrate` measures both on a phone:
+
+```console
+$ adb push calibrate calibrate.txt {library} /data/local/tmp/bitcompile/
+$ adb shell 'cd /data/local/tmp/bitcompile && chmod 755 calibrate && ./calibrate -t 4 .'
+```
+
+Its last line names the choice. An app cannot write beside its libraries, so it gives the choice
+itself, before the session is made:
+
+```kotlin
+android.system.Os.setenv("BITCOMPILE_OFFLOAD", "prefill", true) // or none, all
+```
+
+"""
+
 _FILES = """\
 ## Files
 
@@ -211,6 +276,10 @@ SECTIONS = {
     "c_static": _C_STATIC,
     "android": _ANDROID,
     "swift": _SWIFT,
+    "opencl": _OPENCL,
+    "opencl_android": _OPENCL_ANDROID,
+    "calibrate": _CALIBRATE,
+    "calibrate_android": _CALIBRATE_ANDROID,
 }
 """What a target's ``guide`` names."""
 

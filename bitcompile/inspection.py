@@ -406,7 +406,9 @@ def _headline(report: Mapping[str, Any]) -> Iterator[str]:
         rows.append(["architecture", f"{report['architecture']}, {report['layers']} layers"])
     if "target" in report:
         target = report["target"]
-        rows.append(["target", f"{target['name']} on {target['host']}, layout {report['layout']}"])
+        rows.append(["target", f"{target['name']} on {target['host']}"])
+        readers = ", ".join(target["isas"])
+        rows.append(["weights", f"one copy, layout {report['layout']}, read by {readers}"])
         verified = report["verification"]
         rows.append(["verified", verified["summary"] if verified else "no"])
     if report["nodes_per_layer"] is not None:

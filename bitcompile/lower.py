@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,17 +23,40 @@ if TYPE_CHECKING:
 AUTO = "auto"
 
 
-def choose_layout(target: Target, wanted: str = AUTO) -> Layout:
-    """The layout a build uses: the target's preferred one, or the family or id asked for.
+def choose_layout(
+    target: Target, wanted: str = AUTO, size: int = 0, group_sizes: Iterable[int] = ()
+) -> tuple[Layout, str]:
+    """The layout a build uses, and why: the target's choice, or the family or id asked for.
 
-    Raises UsageError if the target has no kernels for it.
+    ``size``: bytes of the model's ternary weights at 2 bits each; ``group_sizes``: columns that
+    share a scale (0: rows), of all of them. Raises UsageError if the target has no kernels for it
+    or it cannot hold the groups.
     """
-    for id in target.layouts:
-        if wanted in (AUTO, id, id.split("_")[0]):
-            return layout(id)
-    raise UsageError(
-        f"target {target.name} has no layout {wanted!r}; it reads {', '.join(target.layouts)}"
-    )
+    if wanted == AUTO:
+        return _automatic(target, size, group_sizes)
+    chosen = next((layout(i) for i in target.layouts if wanted in (i, i.split("_")[0])), None)
+    if chosen is None:
+        raise UsageError(
+            f"target {target.name} has no layout {wanted!r}; it reads {', '.join(target.layouts)}"
+        )
+    for group_size in group_sizes:
+        if not chosen.holds(group_size):
+            raise UsageError(
+                f"layout {chosen.id} cannot hold a scale per {group_size} columns: "
+                "build with --layout i2"
+            )
+    return chosen, "asked for"
+
+
+def _automatic(target: Target, size: int, group_sizes: Iterable[int]) -> tuple[Layout, str]:
+    """The target's choice, or its first layout where that cannot hold the groups."""
+    id, reason = target.layouts[0], "the target's first"
+    if target.auto_layout is not None:
+        id, reason = target.auto_layout(size)
+    narrow = [g for g in group_sizes if not layout(id).holds(g)]
+    if narrow:
+        return layout(target.layouts[0]), f"{id} cannot hold a scale per {narrow[0]} columns"
+    return layout(id), reason
 
 
 def lower(graph: ir.Model, target: Target, wanted: str = AUTO) -> Lowered:
@@ -42,7 +67,7 @@ def lower(graph: ir.Model, target: Target, wanted: str = AUTO) -> Lowered:
     """
     import onnx_ir as ir
 
-    chosen = choose_layout(target, wanted)
+    chosen, reason = choose_layout(target, wanted, *_survey(graph))
     library, kernels = target.compile()
     moved: set[str] = set()  # a weight may be shared by several nodes
     for node in graph.graph:
@@ -76,7 +101,23 @@ def lower(graph: ir.Model, target: Target, wanted: str = AUTO) -> Lowered:
                 _replace(scale, chosen.encode_scale(stored, group_size))
                 moved.add(scale.name)
         node.attributes["layout"] = ir.AttrString("layout", chosen.id)
-    return Lowered(graph, target, chosen.id, library, kernels)
+    return Lowered(graph, target, chosen.id, library, kernels, reason)
+
+
+def _survey(graph: ir.Model) -> tuple[int, set[int]]:
+    """Bytes of all ternary weights at 2 bits each (a shared one counts once), and group sizes."""
+    sizes: dict[str, int] = {}
+    group_sizes: set[int] = set()
+    for node in graph.graph:
+        if node.domain != DOMAIN or not OPS[node.op_type].weights:
+            continue
+        op = OPS[node.op_type]
+        attributes = op.complete({name: a.value for name, a in node.attributes.items()})
+        inputs = op.named(node.inputs)
+        group_sizes.add(int(attributes["group_size"]))
+        for weight in op.weights:
+            sizes[str(inputs[weight.data].name)] = prod(weight.shape(attributes)) // 4
+    return sum(sizes.values()), group_sizes
 
 
 def _repack(value: ir.Value, source: Layout, chosen: Layout, shape: tuple[int, int]) -> None:

@@ -57,3 +57,5 @@ class Lowered:
     layout: str
     library: Path
     kernels: tuple[Kernel, ...]
+    layout_reason: str = ""
+    """Why this layout, for the manifest."""

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,10 @@ class Kernel:
 
 
 def _nothing(library: Path) -> Mapping[str, Path]:
+    return {}
+
+
+def _no_text(graph: ir.Graph) -> Mapping[str, str]:
     return {}
 
 
@@ -50,6 +58,8 @@ class Target:
     """None if this machine can build it, else what is missing and how to get it."""
     embeds: Callable[[Path], Mapping[str, Path]] = _nothing
     """Further files of an artifact, by their names there, given the compiled plugin."""
+    texts: Callable[[ir.Graph], Mapping[str, str]] = _no_text
+    """Further text files of an artifact, by their names there, given the lowered graph."""
     guide: tuple[str, ...] = ("python", "genai", "c")
     """Sections of an artifact's README, by their names in ``companions.SECTIONS``."""
     hosts: tuple[str, ...] = ()
@@ -66,3 +76,6 @@ class Target:
     """Whether ``verify`` can run its operators one by one in float32."""
     grouped: bool = True
     """Whether there are kernels for weights with a scale per group of columns."""
+    auto_layout: Callable[[int], tuple[str, str]] | None = None
+    """What ``--layout auto`` takes for ternary weights of so many bytes at 2 bits each: a layout's
+    id, and why. None: always the first of ``layouts``."""

@@ -19,6 +19,7 @@ TRIPLE = "aarch64-linux-gnu.2.17"
 """glibc 2.17: the first with AArch64."""
 NAMES = ("i8mm", "dotprod", "neon")
 LIBRARY = "libbitcompile_ops.so"
+LAYOUTS = (CPU_TILE.id,)
 
 
 def _isas() -> Sequence[Isa]:
@@ -31,8 +32,8 @@ def compile_arm(triple: str, library: str, system: System) -> tuple[Path, tuple[
     """``Target.compile`` of every AArch64 target."""
     from bitcompile.targets.tir.plugin import build_plugin, kernel_table
 
-    made = build_plugin(_isas, triple, CPU_TILE.id, library, "cpu_arm.c", system)
-    return made, kernel_table(NAMES)
+    made = build_plugin(_isas, triple, LAYOUTS, library, "cpu_arm.c", system)
+    return made, kernel_table(NAMES, LAYOUTS)
 
 
 def header_and_archive(library: Path) -> Mapping[str, Path]:
@@ -55,7 +56,7 @@ ARM = Target(
     device="cpu",
     host=TRIPLE,
     isas=NAMES,
-    layouts=(CPU_TILE.id,),
+    layouts=LAYOUTS,
     library=LIBRARY,
     emits="ONNX Runtime plugin (.so) for AArch64 Linux, glibc 2.17 or newer",
     compile=_compile,

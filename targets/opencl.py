@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitcompile import calibration
 from bitcompile.packing import CPU_TILE
 from bitcompile.runtime import host_mismatch
 from bitcompile.target import Kernel, Target
@@ -36,7 +37,9 @@ class Host:
     features: str
     """The C file that knows the CPU's features."""
     system: Callable[[], System]
-    guide: tuple[str, ...] = ("python", "genai", "c")
+    guide: tuple[str, ...] = ("python", "genai", "c", "opencl")
+    choosing: str = "calibrate"
+    """Section of an artifact's README about the choice between CPU and device."""
     embeds: Callable[[Path], Mapping[str, Path]] = x86.X86.embeds
 
 
@@ -68,7 +71,13 @@ HOSTS: Mapping[str, Host] = {
     x86.TRIPLE: Host(_x86, x86.NAMES, "cpu_x86.c", _linux),
     arm.TRIPLE: Host(_arm, arm.NAMES, "cpu_arm.c", _linux),
     android.TRIPLE: Host(
-        _arm, arm.NAMES, "cpu_arm.c", _android, android.ANDROID.guide, android.ANDROID.embeds
+        _arm,
+        arm.NAMES,
+        "cpu_arm.c",
+        _android,
+        ("android", "c_static", "opencl_android"),
+        "calibrate_android",
+        android.ANDROID.embeds,
     ),
 }
 
@@ -84,6 +93,7 @@ def opencl_target(
     host = HOSTS[triple]
     made = {option: values[0] for option, values in CHOICES.items()} | dict(chosen or {})
     cpu = made["fallback"] == "cpu"
+    layouts = (CPU_TILE.id,)
 
     def compile() -> tuple[Path, tuple[Kernel, ...]]:
         from bitcompile.targets.tir.opencl.plugin import device_code, kernel_table
@@ -92,28 +102,33 @@ def opencl_target(
 
         code = device_code(name, schedules, made["offload"], cpu)
         isas = host.isas if cpu else tuple
-        library = build_plugin(
-            isas, triple, CPU_TILE.id, LIBRARY, host.features, host.system(), code
-        )
-        return library, kernel_table(name) + (cpu_table(host.names) if cpu else ())
+        library = build_plugin(isas, triple, layouts, LIBRARY, host.features, host.system(), code)
+        return library, kernel_table(name) + (cpu_table(host.names, layouts) if cpu else ())
 
     return Target(
         name=name,
         device="opencl",
         host=triple,
         isas=(name, *(host.names if cpu else ())),
-        layouts=(CPU_TILE.id,),
+        layouts=layouts,
         library=LIBRARY,
         emits=emits,
         compile=compile,
         can_run_here=lambda: host_mismatch(triple) or _missing_driver(),
         can_build_here=missing_build_tools,
-        embeds=host.embeds,
-        guide=host.guide,
+        embeds=lambda library: {**host.embeds(library), **(_program(library) if cpu else {})},
+        texts=lambda graph: (
+            {calibration.FILE: calibration.nodes(graph, name, LIBRARY)} if cpu else {}
+        ),
+        guide=(*host.guide, *((host.choosing,) if cpu else ())),
         hosts=tuple(other for other in HOSTS if other != triple),
         choices=CHOICES,
         vary=lambda other, choices: opencl_target(name, schedules, other, emits, choices),
     )
+
+
+def _program(library: Path) -> Mapping[str, Path]:
+    return {calibration.PROGRAM: library.with_name(calibration.PROGRAM)}
 
 
 def _missing_driver() -> str | None:
@@ -123,9 +138,11 @@ def _missing_driver() -> str | None:
     return "no OpenCL driver (libOpenCL.so): install the GPU's driver, or pocl-opencl-icd"
 
 
-# No assumption about the device: 16 neighbouring items read 64 neighbouring bytes.
+# No assumption about the device: 4 neighbouring items read 64 neighbouring bytes. As many slices of
+# K as a work-group has room for: on a GPU with many cores an item's walk along K is what takes time
+# (docs/opencl.md has the measurement).
 SCHEDULES = Schedules(
-    decode=Schedule(rows=1, tiles=1, slices=4),
+    decode=Schedule(rows=4, tiles=1, slices=64),
     prefill=Schedule(rows=4, tiles=4, batch=4, blocks=4),
 )
 

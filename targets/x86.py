@@ -1,4 +1,4 @@
-"""Target x86: x86-64 Linux, one plugin with AVX-512 VNNI, AVX2 and portable kernels."""
+"""Target x86: x86-64 Linux, one plugin with AVX-512, AVX-VNNI, AVX2 and portable kernels."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitcompile.packing import CPU_TILE
+from bitcompile.packing import CPU_TILE, T5_TILE
 from bitcompile.target import Kernel, Target
+from bitcompile.targets.machine import cpu_flags, last_level_cache
 from bitcompile.targets.toolchain import missing_build_tools
 
 if TYPE_CHECKING:
@@ -16,21 +17,36 @@ if TYPE_CHECKING:
 
 TRIPLE = "x86_64-linux-gnu.2.17"
 """glibc 2.17 (2012): every Linux that onnxruntime supports."""
-NAMES = ("avx512-vnni", "avx2", "portable")
+NAMES = ("avx512-vbmi", "avx512-vnni", "avx-vnni", "avx2", "portable")
 LIBRARY = "libbitcompile_ops.so"
-
-
-def _isas() -> Sequence[Isa]:
-    from bitcompile.targets.tir.x86 import ISAS
-
-    return ISAS
+LAYOUTS = (CPU_TILE.id, T5_TILE.id)
+T5_NEEDS = {"avx512_vbmi", "avx512_vnni"}
+"""As Linux names them."""
 
 
 def _compile() -> tuple[Path, tuple[Kernel, ...]]:
-    from bitcompile.targets.tir.plugin import build_plugin, kernel_table
+    from bitcompile.targets.tir import presets
+    from bitcompile.targets.tir.plugin import build_plugin, cache_dir, kernel_table
 
-    library = build_plugin(_isas, TRIPLE, CPU_TILE.id, LIBRARY, "cpu_x86.c")
-    return library, kernel_table(NAMES)
+    schedules = presets.for_this_cpu(cache_dir() / presets.NAME)
+
+    def isas() -> Sequence[Isa]:
+        from bitcompile.targets.tir.x86 import ISAS
+
+        return presets.tuned(ISAS, schedules)
+
+    library = build_plugin(isas, TRIPLE, LAYOUTS, LIBRARY, "cpu_x86.c", schedules=schedules)
+    return library, kernel_table(NAMES, LAYOUTS)
+
+
+def _auto_layout(size: int) -> tuple[str, str]:
+    """t5 where this CPU decodes it fast and weights come from memory, else i2."""
+    cache = last_level_cache()
+    if not T5_NEEDS.issubset(cpu_flags()):
+        return CPU_TILE.id, "t5 is fast with AVX-512 VBMI and VNNI, which this CPU has not"
+    if size <= cache:
+        return CPU_TILE.id, f"{size >> 20} MiB of weights fit the {cache >> 20} MiB of cache"
+    return T5_TILE.id, f"{size >> 20} MiB of weights exceed the {cache >> 20} MiB of cache"
 
 
 def _can_run_here() -> str | None:
@@ -44,10 +60,11 @@ X86 = Target(
     device="cpu",
     host=TRIPLE,
     isas=NAMES,
-    layouts=(CPU_TILE.id,),
+    layouts=LAYOUTS,
     library=LIBRARY,
     emits="ONNX Runtime plugin (.so) for x86-64 Linux, glibc 2.17 or newer",
     compile=_compile,
     can_run_here=_can_run_here,
     can_build_here=missing_build_tools,
+    auto_layout=_auto_layout,
 )

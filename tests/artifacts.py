@@ -88,10 +88,12 @@ def _quieten(table: ir.Value) -> None:
     table.const_value = ir.tensor((data * 0.02).astype(data.dtype), name=table.name)
 
 
-def lowered(source: Imported, options: passing.Options, target: str = "native") -> Lowered:
+def lowered(
+    source: Imported, options: passing.Options, target: str = "native", host: str | None = None
+) -> Lowered:
     """The model of ``source``, fused and lowered."""
     passing.run(source.graph, pipeline(options))
-    result = lower(source.graph, resolve(target))
+    result = lower(source.graph, resolve(target, host))
     passing.run(result.graph, finishing())
     return result
 
@@ -105,10 +107,11 @@ def write(
     force: bool = False,
     config: Decoder = CONFIG,
     target: str = "native",
+    host: str | None = None,
 ) -> Artifact:
     """A complete artifact in ``folder``."""
     source = imported(folder.parent / "tokenizer", chat, config)
-    result = lowered(source, passing.Options(head, logits), target)
+    result = lowered(source, passing.Options(head, logits), target, host)
     with artifact.staged(folder, force) as stage:
         artifact.write(
             stage,

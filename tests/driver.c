@@ -38,17 +38,20 @@ static void read_argument(Argument *a) {
 #define P(n) a[n].data
 #define I(n) a[n].i
 static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
+static int coding_of(const char *kind) { return strcmp(kind, "t5") ? BC_I2 : BC_T5; }
 
 /* As gemm_task of cpu.c: some weight rows times as many activation rows as the workspace holds. */
-static void gemm(const bc_variant *v, Argument *a, int grouped) {
+static void gemm(const bc_variant *v, Argument *a, const char *kind) {
   static _Alignas(ALIGN) uint8_t panel[BC_MAX_PANEL];
   static _Alignas(ALIGN) int32_t partial[BC_MAX_PARTIAL];
+  int grouped = !strcmp(kind, "grouped"), coding = coding_of(kind);
   int32_t step = v->gemm_rows * BC_GEMM_BLOCKS, G = grouped ? I(15) : 1, KB = I(14);
+  int32_t quads = coding == BC_T5 ? 5 : 4; /* 4-column steps of a tile */
   for (int32_t tile = 0; tile < I(12); tile += v->gemm_tiles)
     for (int32_t m = 0; m < I(13); m += step) {
       int32_t n = tile * 16, tiles = least(I(12) - tile, v->gemm_tiles), M = least(I(13) - m, step);
       const uint8_t *w = (uint8_t *)P(0) + (int64_t)tile * KB * 64;
-      const int32_t *q = (int32_t *)P(1) + (int64_t)m * KB * 4, *qsum = (int32_t *)P(2) + m * G;
+      const int32_t *q = (int32_t *)P(1) + (int64_t)m * KB * quads, *qsum = (int32_t *)P(2) + m * G;
       const float *s = (float *)P(3) + m, *scale = (float *)P(4) + (int64_t)n * G;
       const float *bias = (float *)P(5) + n, *residual = (float *)P(6) + m * I(9) + n;
       float *y = (float *)P(7) + m * I(9) + n;
@@ -56,24 +59,25 @@ static void gemm(const bc_variant *v, Argument *a, int grouped) {
         v->gemm_grouped(w, q, qsum, s, scale, bias, residual, y, I(8) - n, I(9), I(10), I(11),
                         tiles, M, KB, G, I(16), panel, (float *)partial);
       else
-        v->gemm(w, q, qsum, s, scale, bias, residual, y, I(8) - n, I(9), I(10), I(11), tiles, M, KB,
-                panel, partial);
+        v->gemm[coding](w, q, qsum, s, scale, bias, residual, y, I(8) - n, I(9), I(10), I(11),
+                        tiles, M, KB, panel, partial);
     }
 }
 
-static void gemv(const bc_variant *v, Argument *a, int grouped) {
-  if (grouped)
+static void gemv(const bc_variant *v, Argument *a, const char *kind) {
+  if (!strcmp(kind, "grouped"))
     v->gemv_grouped(P(0), P(1), P(2), P(3), P(4), P(5), P(6), P(7), I(8), I(9), I(10), I(11), I(12),
                     I(13), I(14), I(15), I(16));
   else
-    v->gemv(P(0), P(1), P(2), P(3), P(4), P(5), P(6), P(7), I(8), I(9), I(10), I(11), I(12), I(13),
-            I(14));
+    v->gemv[coding_of(kind)](P(0), P(1), P(2), P(3), P(4), P(5), P(6), P(7), I(8), I(9), I(10),
+                             I(11), I(12), I(13), I(14));
 }
 
 static int call(const bc_variant *v, const char *name, Argument *a) {
   static const char *activations[BC_ACTIVATIONS] = {"relu2", "silu", "gelu_tanh", "gelu_erf"};
   for (int i = 0; i < BC_ACTIVATIONS; i++)
-    if (!strcmp(name, activations[i])) return v->glu[i](P(0), P(1), I(2), I(3)), 1;
+    if (!strcmp(name, activations[i]))
+      return v->glu[i](P(0), P(1), P(2), I(3), I(4), I(5), I(6)), 1;
   int eight = name[strlen(name) - 1] == '8';
   if (!strcmp(name, "quantize"))
     v->quantize(P(0), P(1), P(2), P(3), I(4), I(5), I(6));
@@ -81,10 +85,10 @@ static int call(const bc_variant *v, const char *name, Argument *a) {
     v->norm_quantize(P(0), P(1), P(2), P(3), P(4), I(5), I(6), I(7), a[8].f);
   else if (!strcmp(name, "group_sums"))
     v->group_sums(P(0), P(1), I(2), I(3), I(4), I(5));
-  else if (!strncmp(name, "gemv", 4))
-    gemv(v, a, name[4] != 0);
-  else if (!strncmp(name, "gemm", 4))
-    gemm(v, a, name[4] != 0);
+  else if (!strncmp(name, "gemv_", 5))
+    gemv(v, a, name + 5);
+  else if (!strncmp(name, "gemm_", 5))
+    gemm(v, a, name + 5);
   else if (!strncmp(name, "head_quantize", 13))
     (eight ? v->head_quantize8 : v->head_quantize4)(P(0), P(1), P(2), P(3), P(4), I(5), I(6), I(7),
                                                     I(8));

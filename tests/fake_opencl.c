@@ -28,8 +28,12 @@ static int fault(const char *name) {
 int32_t clGetDeviceInfo(ClDevice device, uint32_t key, size_t size, void *out, size_t *needed) {
   int32_t code = REAL(GetDeviceInfo)(device, key, size, out, needed);
   if (key == CL_MAX_GROUP && fault("small groups")) *(size_t *)out = 16;
+  if (key == CL_PROFILE && fault("embedded")) snprintf(out, size, "EMBEDDED_PROFILE");
+  if (key == CL_COMPILER && fault("no compiler")) *(uint32_t *)out = 0;
   if (key == CL_EXTENSIONS && fault("wrong dot"))
     strncat(out, " cl_qcom_dot_product8", size - strlen(out) - 1);
+  if (key == CL_EXTENSIONS && fault("absent dot"))
+    strncat(out, " cl_khr_integer_dot_product", size - strlen(out) - 1);
   return code;
 }
 

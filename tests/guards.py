@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from bitcompile.packing import CPU_TILE
+from bitcompile.packing import CPU_TILE, T5_TILE, Layout
 from bitcompile.targets.tir.gemm import panel_bytes, partial_values
 from bitcompile.targets.tir.isa import Isa
-from bitcompile.targets.tir.plugin import GENERATORS, symbol
+from bitcompile.targets.tir.plugin import GENERATORS, coding, symbol
 from bitcompile.targets.tir.x86 import ISAS
 
 PAGE = mmap.PAGESIZE
@@ -81,12 +81,10 @@ class Caller:
     def floats(self, *shape: int) -> np.ndarray:
         return self.new(shape, np.float32, self.rng.standard_normal(shape))
 
-    def codes(self, *shape: int) -> np.ndarray:
-        """Valid weight bytes: every bit pair 0, 1 or 2."""
-        fields = self.rng.integers(0, 3, (4, *shape)).astype(np.uint8)
-        return self.new(
-            shape, np.uint8, fields[0] | fields[1] << 2 | fields[2] << 4 | fields[3] << 6
-        )
+    def codes(self, tile: Layout, *shape: int) -> np.ndarray:
+        """Valid weight bytes: every code 0, 1 or 2."""
+        fields = self.rng.integers(0, 3, (*shape, tile.codec.fields)).astype(np.uint8)
+        return self.new(shape, np.uint8, tile.codec.join(fields))
 
     def whole(self, dtype: Any, *shape: int) -> np.ndarray:
         return self.new(shape, dtype, self.rng.integers(-100, 100, shape))
@@ -112,11 +110,19 @@ def rows(c: Caller) -> None:
             c.call("quantize", c.floats(M, K), *results(), M, K, Kp)
             c.call("norm_quantize", c.floats(M, K), c.floats(K), *results(), M, K, Kp, 1e-5)
             for gate in (field for field in GENERATORS if field.startswith("glu")):
-                c.call(gate, c.floats(M, 2 * K), c.new((M, K), np.float32), M, K)
+                for ld, ld_hidden in ((K, K), (2 * K, K + 1)):
+                    inputs = [_strided(c, M, K, ld) for _ in range(2)]
+                    hidden = _strided(c, M, K, ld_hidden)
+                    c.call(gate, *inputs, hidden, M, K, ld, ld_hidden)
             for size in GROUPS:
                 G = -(-K // size)
                 sums = c.new((M, G), np.int32)
                 c.call("group_sums", c.whole(np.int8, M, Kp), sums, M, Kp, G, size // 16)
+
+
+def _strided(c: Caller, M: int, K: int, ld: int) -> np.ndarray:
+    """Rows of K that are ``ld`` apart, without what would follow the last."""
+    return c.floats((M - 1) * ld + K)
 
 
 def products(c: Caller) -> None:
@@ -124,16 +130,16 @@ def products(c: Caller) -> None:
     for M in BATCHES:
         for N in ROWS:
             for K in COLUMNS:
-                for size in (0, *GROUPS):
+                for tile, size in ((T5_TILE, 0), *((CPU_TILE, g) for g in (0, *GROUPS))):
                     for extras in (False, True):
-                        _product(c, M, N, K, size, extras)
+                        _product(c, tile, M, N, K, size, extras)
 
 
-def _product(c: Caller, M: int, N: int, K: int, size: int, extras: bool) -> None:
+def _product(c: Caller, tile: Layout, M: int, N: int, K: int, size: int, extras: bool) -> None:
     isa = c.isa
-    KB, tiles = -(-K // CPU_TILE.tile_k), -(-N // CPU_TILE.tile_n)
+    KB, tiles = -(-K // tile.tile_k), -(-N // tile.tile_n)
     G = -(-K // size) if size else 1
-    grouped = "_grouped" if size else ""
+    kind = "_grouped" if size else f"[BC_{coding(tile.id).upper()}]"
 
     def inputs(first: int, count: int, M: int) -> list[Any]:
         left = N - 16 * first
@@ -141,8 +147,8 @@ def _product(c: Caller, M: int, N: int, K: int, size: int, extras: bool) -> None
         held = padded(M, isa.gemm.rows)
         bias, residual = (c.floats(left), c.floats(M, left)) if extras else (None, None)
         return [
-            c.codes(count, KB, CPU_TILE.tile_bytes),
-            c.whole(np.int8, held, 16 * KB),
+            c.codes(tile, count, KB, tile.tile_bytes),
+            c.whole(np.int8, held, tile.tile_k * KB),
             c.whole(np.int32, held, G),
             c.floats(held),
             scale,
@@ -160,20 +166,20 @@ def _product(c: Caller, M: int, N: int, K: int, size: int, extras: bool) -> None
 
     groups = [G, size // 16] if size else []
     if M <= 8:
-        c.call(f"gemv{grouped}", *inputs(0, tiles, M), *groups)
+        c.call(f"gemv{kind}", *inputs(0, tiles, M), *groups)
     for first in range(0, tiles, isa.gemm.tiles):
         count = min(isa.gemm.tiles, tiles - first)
         panel = c.new((panel_bytes(isa),), np.uint8)
         blocks = -(-M // isa.gemm.rows)
         partial = c.new((partial_values(isa) * blocks,), np.int32)
-        c.call(f"gemm{grouped}", *inputs(first, count, M), *groups, panel, partial)
+        c.call(f"gemm{kind}", *inputs(first, count, M), *groups, panel, partial)
 
 
 def heads(c: Caller) -> None:
     """The head's table, of both widths."""
     for bits, blocks in ((8, (64, 128, 256)), (4, (128, 256))):
         for block in blocks:
-            for M in (1, 2, 5):
+            for M in (1, 2, 5, 7):
                 for K in COLUMNS:
                     for V in ROWS:
                         _head(c, bits, block, M, K, V)
@@ -209,9 +215,9 @@ def runnable() -> Iterator[Isa]:
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("flags")
     )
-    names = {"avx512vnni": "avx512_vnni"}
+    names = {flag.replace("_", "") for flag in flags}
     for isa in ISAS:
-        if all(names.get(feature, feature) in flags for feature in isa.features):
+        if names.issuperset(isa.features):
             yield isa
 
 

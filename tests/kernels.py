@@ -8,16 +8,18 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bitcompile import numerics
-from bitcompile.packing import CPU_TILE, PackedTernary
+from bitcompile.packing import CPU_TILE, Layout, PackedTernary, layout
 from bitcompile.targets import resolve
+from bitcompile.targets.tir import arm, x86
 from bitcompile.targets.tir.linking import CSRC, zig
-from bitcompile.targets.tir.plugin import static_library
+from bitcompile.targets.tir.plugin import coding, static_library
 from tests.tools import program
 
 Arrays = dict[str, np.ndarray]
@@ -76,6 +78,11 @@ class Machine:
     """Of the driver; musl makes it a static program, which needs no libraries of that system."""
     emulator: tuple[str, ...] = ()
 
+    @property
+    def tiles(self) -> list[Layout]:
+        """The layouts that its kernels read."""
+        return [layout(id) for id in resolve(self.target).layouts]
+
     def run(self, calls: Sequence[Call], isa: str) -> list[Arrays]:
         """The outputs of each call, computed by one variant."""
         done = self._start([], isa, b"".join(call.encode() for call in calls))
@@ -125,9 +132,9 @@ def _driver(target: str, triple: str) -> Path:
 # --- the calls of every operator ----------------------------------------------------------------
 
 
-def padded_columns(K: int) -> int:
+def padded_columns(K: int, tile: Layout = CPU_TILE) -> int:
     """Columns of quantised activations in memory."""
-    return -(-K // 16) * 16
+    return -(-K // tile.tile_k) * tile.tile_k
 
 
 def quantize(x: np.ndarray) -> Call:
@@ -159,24 +166,25 @@ def group_sums(q: np.ndarray, group_size: int) -> Call:
     return Call("group_sums", [q, sums, M, Kp, G, group_size // 16], {"sums": 1})
 
 
-def product(
+def matmul(
     kind: str, weight: np.ndarray, q: np.ndarray, s: np.ndarray, scale: np.ndarray,
     bias: np.ndarray | None = None, residual: np.ndarray | None = None, group_size: int = 0,
+    tile: Layout = CPU_TILE,
 ) -> Call:  # fmt: skip
     """``gemv`` or ``gemm`` of int8 q ``[M, K]``: output ``y`` ``[M, N + 3]``, 3 columns untouched.
 
     ``weight``: ternary ``[N, K]``; ``scale``: ``[N, G]``.
     """
     (M, K), N = q.shape, weight.shape[0]
-    packed = PackedTernary.pack(weight, scale, CPU_TILE, group_size)
-    rows = np.zeros((M + ROW_PAD, padded_columns(K)), np.int8)
+    packed = PackedTernary.pack(weight, scale, tile, group_size)
+    rows = np.zeros((M + ROW_PAD, padded_columns(K, tile)), np.int8)
     rows[:M, :K] = q
     G = scale.shape[1]
     spans = rows.astype(np.int32)
     step = group_size or rows.shape[1]
     qsum = np.stack([spans[:, j * step : (j + 1) * step].sum(axis=1) for j in range(G)], axis=1)
     scales = np.concatenate([s.reshape(-1), np.zeros(ROW_PAD, np.float32)]).astype(np.float32)
-    stored = CPU_TILE.encode_scale(packed.scale, group_size)
+    stored = tile.encode_scale(packed.scale, group_size)
     ldy = N + 3
     y = np.full((M, ldy), 99, np.float32)
     wide = np.zeros((M, ldy), np.float32)
@@ -187,13 +195,16 @@ def product(
                  np.zeros(N, np.float32) if bias is None else bias, wide, y, N, ldy,
                  int(bias is not None), int(residual is not None), tiles, M, KB]  # fmt: skip
     arguments += [G, group_size // 16] if group_size else []
-    return Call(kind + ("_grouped" if group_size else ""), arguments, {"y": 7})
+    what = "grouped" if group_size else coding(tile.id)
+    return Call(f"{kind}_{what}", arguments, {"y": 7})
 
 
 def glu(activation: str, both: np.ndarray) -> Call:
     """Output ``hidden`` ``[M, F]`` of ``[M, 2 F]``."""
     M, F = both.shape[0], both.shape[1] // 2
-    return Call(activation, [both, np.full((M, F), 99, np.float32), M, F], {"hidden": 1})
+    up = both.reshape(-1)[F:]
+    hidden = np.full((M, F), 99, np.float32)
+    return Call(activation, [both, up, hidden, M, F, 2 * F, F], {"hidden": 2})
 
 
 def head(
@@ -225,8 +236,10 @@ class Case:
     expected: Sequence[Arrays]
 
 
-def linear_case(a: Arrays, group_size: int, eps: float) -> Case:
-    """A norm, a quantisation and both products.
+def linear_case(
+    a: Arrays, group_size: int, eps: float, tiles: Sequence[Layout] = (CPU_TILE,)
+) -> Case:
+    """A norm, a quantisation and both products, with weights in each of the layouts that hold them.
 
     ``a``: ``x`` ``[M, K]``, ``gamma``, ``weight`` ``[N, K]``, ``scale`` ``[N, G]``, ``bias``,
     ``residual``; and the reference's ``q``, ``s``, ``norm_q``, ``norm_s``, ``acc`` (int32
@@ -242,13 +255,14 @@ def linear_case(a: Arrays, group_size: int, eps: float) -> Case:
                 {"q": norm_padded, "s": a["norm_s"],
                  "qsum": a["norm_q"].sum(axis=1, dtype=np.int32)}]  # fmt: skip
     guard = np.full((M, 3), 99, np.float32)
-    for kind in ("gemv", "gemm"):
+    for kind, tile in product(("gemv", "gemm"), tiles):
         # Unit scales leave the accumulators themselves; below 2**24 a float32 holds them exactly.
-        calls.append(product(kind, a["weight"], q, ones, one))
+        calls.append(matmul(kind, a["weight"], q, ones, one, tile=tile))
         expected.append({"y": np.hstack([a["acc"].astype(np.float32), guard])})
-        calls.append(product(kind, a["weight"], q, s, a["scale"], a["bias"], a["residual"],
-                             group_size))  # fmt: skip
-        expected.append({"y": np.hstack([a["y"], guard])})
+        if tile.holds(group_size):
+            calls.append(matmul(kind, a["weight"], q, s, a["scale"], a["bias"], a["residual"],
+                                group_size, tile))  # fmt: skip
+            expected.append({"y": np.hstack([a["y"], guard])})
     if group_size:
         sums = [padded[:, j : j + group_size].sum(axis=1, dtype=np.int32)
                 for j in range(0, padded.shape[1], group_size)]  # fmt: skip
@@ -314,7 +328,7 @@ def check_head(machine: Machine, isa: str, a: Arrays, bits: int) -> int:
     """The head on ``x``, ``codes``, ``table_scale``: ``head_q`` (15-bit) and ``logits``."""
     quantized = machine.run([head(a["x"], a["codes"], a["table_scale"], bits)], isa)[0]
     B, per_block = a["codes"].shape[1], a["codes"].shape[2] // 64
-    whole = quantized["hi"].astype(np.int32) * 128 + quantized["lo"]
+    whole = _whole(quantized, isa)
     parts = whole.reshape(len(whole), B, per_block, 8 // bits, 64)
     q = parts.transpose(0, 1, 2, 4, 3).reshape(len(whole), -1)  # fields of a byte side by side
     K = a["x"].shape[1]
@@ -325,6 +339,15 @@ def check_head(machine: Machine, isa: str, a: Arrays, bits: int) -> int:
     np.testing.assert_array_equal(y[:, :-3], a["logits"])
     assert (y[:, -3:] == 99).all()
     return q.size + y.size
+
+
+def _whole(quantized: Arrays, isa: str) -> np.ndarray:
+    """15-bit activations, int32 ``[M, width]``, of the two halves a variant has of them."""
+    words = next(i.word_dot for i in (*x86.ISAS, *arm.ISAS) if i.name == isa)
+    if words is None:
+        return quantized["hi"].astype(np.int32) * 128 + quantized["lo"]
+    halves = [quantized[name].view(np.int16).astype(np.int32) for name in ("hi", "lo")]
+    return np.stack(halves, axis=2).reshape(len(halves[0]), -1)
 
 
 def head_inputs(rng: np.random.Generator, V: int, K: int, M: int, bits: int) -> Arrays:
@@ -340,7 +363,7 @@ def head_reference(x: np.ndarray, codes: np.ndarray, scale: np.ndarray, bits: in
     return {"head_q": q, "head_s": s[:, 0], "logits": numerics.head_matmul(x, codes, scale, bits)}
 
 
-def sweep(seed: int, count: int) -> Iterator[Case]:
+def sweep(seed: int, count: int, tiles: Sequence[Layout] = (CPU_TILE,)) -> Iterator[Case]:
     """Random cases whose shapes have tails: rows, columns, tokens and groups."""
     rng = np.random.default_rng(seed)
     for i in range(count):
@@ -349,4 +372,4 @@ def sweep(seed: int, count: int) -> Iterator[Case]:
         M = int(rng.integers(1, 12)) if i % 4 else int(rng.integers(33, 230))
         group_size = int(rng.choice([0, 0, 16, 32, 64, 128, 256]))
         a = linear_inputs(rng, N, K, M, group_size, float(rng.choice([1e-7, 1, 1e4])))
-        yield linear_case({**a, **linear_reference(a, group_size, 1e-5)}, group_size, 1e-5)
+        yield linear_case({**a, **linear_reference(a, group_size, 1e-5)}, group_size, 1e-5, tiles)

@@ -27,7 +27,7 @@ VERSIONS = {
 """onnxruntime (none: the newest) to the numpy it was built for."""
 IR_VERSION, OPSET = 8, 17
 """What the oldest version reads."""
-VARIANTS = ("avx512-vnni", "avx2", "portable")
+VARIANTS = ("avx512-vbmi", "avx512-vnni", "avx-vnni", "avx2", "portable")
 RUNNER = """
 import json, os, sys
 import numpy, onnxruntime

@@ -14,9 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bitcompile.packing import CPU_TILE
-from bitcompile.targets.tir.plugin import CPU_DEVICE, CPU_GLUE, CSRC, GLUE, compile_kernels
+from bitcompile.targets.tir.plugin import CPU_GLUE, CSRC, GLUE, compile_kernels, device_source
 from bitcompile.targets.tir.x86 import ISAS
+from bitcompile.targets.x86 import LAYOUTS
 from tests.single_node import CHOSEN
 
 CPU = "cpu_x86.c"
@@ -33,10 +33,10 @@ TESTS = "not exports and not kernel_table"
 
 def build(folder: Path) -> tuple[Path, Path]:
     """The instrumented plugin, and a library of the bare kernels; raises CalledProcessError."""
-    objects, table = compile_kernels(ISAS, CPU_TILE.id, folder)
+    objects, table = compile_kernels(ISAS, LAYOUTS, folder)
     plugin, kernels = folder / "libbitcompile_sanitized.so", folder / "libkernels.so"
     device = folder / "device.c"
-    device.write_text(CPU_DEVICE)
+    device.write_text(device_source(LAYOUTS))
     glue = [*(CSRC / name for name in (*GLUE, CPU_GLUE, CPU)), device]
     shared = ["gcc", "-std=c11", "-O1", "-g", "-fPIC", "-shared", "-Wall", "-Werror", f"-I{CSRC}"]
     script = f"-Wl,--version-script={CSRC / 'plugin.map'}"

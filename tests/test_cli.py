@@ -268,6 +268,32 @@ def test_bench(run: Run, artifact: Path) -> None:
     }  # fmt: skip
 
 
+def test_bench_of_operators_a_batch_and_a_filled_cache(
+    run: Run, artifact: Path, tmp_path: Path
+) -> None:
+    sizes = ("--prefill", "8", "--decode", "4", "--repeat", "1", "--threads", "1")
+    picture = tmp_path / "bench.svg"
+    more = ("--context", "64", "--batch", "2", "--ops", "--plot", picture, "--json")
+    report = json.loads(run("bench", artifact, *sizes, *more).out)
+    assert (report["context"], report["batch"]) == (64, 2)
+    ops = {row["op"]: row for row in report["operators"]}
+    assert ops["BitGLU"]["nodes"] == artifact_layers(artifact)
+    assert ops["NormBitLinear"]["nodes"] == 2 * artifact_layers(artifact)
+    assert ops["GroupQueryAttention"]["bytes"] > 0
+    assert ops["HeadLinear"]["bytes"] > 0
+    assert all(row["seconds"] >= 0 for row in ops.values())
+    assert picture.read_text().lstrip().startswith("<?xml")
+    table = run("bench", artifact, *sizes, "--ops")
+    assert "operator" in table.out
+    assert "BitGLU" in table.out
+    is_one_error(run("bench", artifact, "--plot", "x.pdf"), 2, "must end in .png or .svg")
+    is_one_error(run("bench", artifact, "--context", "99999"), 2, "context + decode = ")
+
+
+def artifact_layers(artifact: Path) -> int:
+    return int(Artifact.open(artifact).manifest["language"]["num_layers"])
+
+
 def test_errors_nobody_foresaw(run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError("two\nlines")

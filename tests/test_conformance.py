@@ -14,7 +14,9 @@ A53, A76, MAX = "cortex-a53", "cortex-a76", "max"
 VARIANTS = {
     "portable": NATIVE,
     "avx2": NATIVE,
+    "avx-vnni": NATIVE,
     "avx512-vnni": NATIVE,
+    "avx512-vbmi": NATIVE,
     "neon": emulated(A53),
     "dotprod": emulated(A76),
     "i8mm": emulated(MAX),
@@ -54,7 +56,7 @@ def test_golden_vectors(variant: tuple[Machine, str]) -> None:
     """Quantised values, accumulators and floats of every operator; no float needs a tolerance."""
     golden = make.load()
     cases = [
-        kernels.linear_case(golden[name], group_size, make.EPS)
+        kernels.linear_case(golden[name], group_size, make.EPS, variant[0].tiles)
         for name, (_, _, _, group_size) in make.LINEAR.items()
     ]
     kernels.check(*variant, [*cases, kernels.glu_case(golden["gates"])])
@@ -63,7 +65,15 @@ def test_golden_vectors(variant: tuple[Machine, str]) -> None:
 
 
 def test_random_shapes_with_tails(variant: tuple[Machine, str]) -> None:
-    assert kernels.check(*variant, list(kernels.sweep(seed=1, count=30))) > 100_000
+    assert kernels.check(*variant, list(kernels.sweep(1, 30, variant[0].tiles))) > 100_000
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_heads_of_any_number_of_rows(variant: tuple[Machine, str], bits: int) -> None:
+    """Every way to divide activation rows and table rows into register tiles."""
+    rng = np.random.default_rng(bits)
+    for M in range(1, 10):
+        kernels.check_head(*variant, kernels.head_inputs(rng, 18 + M % 2, 300, M, bits), bits)
 
 
 @pytest.mark.parametrize(("cpu", "isa"), [(A53, "neon"), (A76, "dotprod"), (MAX, "i8mm")])

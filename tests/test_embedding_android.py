@@ -19,6 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 from bitcompile.artifact import Artifact
 from bitcompile.bench import kv_bytes
+from bitcompile.targets import TARGETS
 from tests import embedding
 from tests.embedding import EXAMPLES, MODEL, REFERENCE, X86, prompt, zig
 from tests.tools import embedding_kit, java_json, program
@@ -212,7 +213,10 @@ def test_the_script_lays_an_artifact_where_gradle_looks(
     assert refused.returncode == 3
     assert "is not for Android: build it with --target android" in refused.stderr
     manifest = (artifact / "bitcompile.json").read_text()
-    (artifact / "bitcompile.json").write_text(manifest.replace('"x86"', '"android"', 1))
+    host = f'"host": "{TARGETS["x86"].host}"'
+    assert host in manifest
+    for_android = manifest.replace(host, f'"host": "{TARGETS["mali"].host}"')
+    (artifact / "bitcompile.json").write_text(for_android)
     subprocess.run(script, check=True)
     main = project / "app" / "src" / "main"
     assert (main / "jniLibs" / "arm64-v8a" / "libbitcompile_ops.so").exists()
@@ -227,3 +231,7 @@ def test_the_manifest_names_the_activity_and_no_permission() -> None:
     assert activities == [".MainActivity"]
     assert (JAVA / "dev" / "bitcompile" / "MainActivity.java").exists()
     assert not list(root.iter("uses-permission"))
+    libraries = {library.get(name): library.attrib for library in root.iter("uses-native-library")}
+    assert set(libraries) == {"libOpenCL.so", "libOpenCL-pixel.so"}
+    required = name.replace("}name", "}required")
+    assert all(attributes[required] == "false" for attributes in libraries.values())

@@ -21,7 +21,7 @@ from bitcompile.targets.tir import linking, plugin
 from tests import artifacts
 from tests.tools import program
 
-CROSS = ("arm", "android", "macos", "ios")
+CROSS = ("arm", "android", "macos", "ios", "mali", "adreno")
 
 
 @cache
@@ -36,11 +36,14 @@ def elf(target: str) -> lief.ELF.Binary:
     return binary
 
 
-@pytest.mark.parametrize(("target", "needed"), [("arm", "libc.so.6"), ("android", "libc.so")])
-def test_shared_library_for_linux_and_android(target: str, needed: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "needed"),
+    [("arm", ["libc.so.6"]), ("android", ["libc.so"]), ("mali", ["libc.so", "libdl.so"])],
+)
+def test_shared_library_for_linux_and_android(target: str, needed: list[str]) -> None:
     binary = elf(target)
     assert binary.header.machine_type == lief.ELF.ARCH.AARCH64
-    assert list(binary.libraries) == [needed]
+    assert list(binary.libraries) == needed
     tags = {entry.tag: entry for entry in binary.dynamic_entries}
     assert tags[lief.ELF.DynamicEntry.TAG.SONAME].name == "libbitcompile_ops.so"
     assert lief.ELF.DynamicEntry.TAG.TEXTREL not in tags
@@ -57,14 +60,28 @@ def test_shared_library_for_linux_and_android(target: str, needed: str) -> None:
             assert not (writable and segment.has(lief.ELF.Segment.FLAGS.X))
 
 
-def test_android_library_asks_for_nothing_but_bionic() -> None:
-    binary = elf("android")
+@pytest.mark.parametrize("target", ["android", "mali", "adreno"])
+def test_android_library_asks_for_nothing_but_bionic(target: str) -> None:
+    binary = elf(target)
     bionic = {name for names in linking.BIONIC.values() for name in names.split()}
     assert {s.name for s in binary.imported_symbols if s.name} <= bionic
     kinds = {segment.type for segment in binary.segments}
     assert lief.ELF.Segment.TYPE.GNU_RELRO in kinds
     assert lief.ELF.Segment.TYPE.GNU_EH_FRAME not in kinds
     assert not {".eh_frame", ".init_array", ".fini_array"} & {s.name for s in binary.sections}
+
+
+def test_program_for_android() -> None:
+    binary = lief.ELF.parse(str(library("mali").with_name("calibrate")))
+    assert binary is not None
+    assert binary.interpreter == "/system/bin/linker64"
+    assert list(binary.libraries) == ["libc.so", "libdl.so"]
+    bionic = {name for names in linking.BIONIC_PROGRAMS.values() for name in names.split()}
+    assert {s.name for s in binary.imported_symbols if s.name} <= bionic
+    assert binary.is_pie
+    for segment in binary.segments:
+        if segment.type == lief.ELF.Segment.TYPE.LOAD:
+            assert segment.alignment % 16384 == 0
 
 
 def test_glibc_of_2012_has_all_that_the_arm_library_needs() -> None:
@@ -157,7 +174,7 @@ def test_nothing_but_zig_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for system, triple in ((linking.LINUX, "aarch64-linux-gnu.2.17"),
                            (linking.ANDROID, android.TRIPLE)):  # fmt: skip
         out = tmp_path / triple / "lib.so"
-        plugin._compile([NEON], triple, CPU_TILE.id, linking.CSRC / "cpu_arm.c", out, system, None)
+        plugin._compile([NEON], triple, [CPU_TILE.id], linking.CSRC / "cpu_arm.c", out, system)
         assert lief.ELF.parse(str(out)) is not None
 
 
@@ -179,6 +196,8 @@ def test_what_zig_complains_about_is_passed_on(tmp_path: Path) -> None:
         linking.link("aarch64-linux-gnu.2.17", [], [source], tmp_path / "bad.so")
 
 
+_GPU = {"libbitcompile_ops.so", "libbitcompile_ops.a", "include/bitcompile.h", "calibrate",
+        "calibrate.txt"}  # fmt: skip
 EMBEDDED = {
     "arm": ({"libbitcompile_ops.so"}, ("python", "genai", "c")),
     "android": ({"libbitcompile_ops.so", "libbitcompile_ops.a", "include/bitcompile.h"},
@@ -186,6 +205,8 @@ EMBEDDED = {
     "macos": ({"libbitcompile_ops.dylib", "libbitcompile_ops.a", "include/bitcompile.h"},
               ("python", "genai", "c", "c_static")),
     "ios": ({"libbitcompile_ops.a", "include/bitcompile.h"}, ("swift", "c_static")),
+    "mali": (_GPU, ("android", "c_static", "opencl_android", "calibrate_android")),
+    "adreno": (_GPU, ("android", "c_static", "opencl_android", "calibrate_android")),
 }  # fmt: skip
 
 
@@ -198,7 +219,7 @@ def test_artifact_for_another_machine(
     made.check_hashes()
     files, sections = EMBEDDED[target]
     assert files == {
-        name for name in made.manifest["files"] if re.search("bitcompile|include", name)
+        name for name in made.manifest["files"] if re.search("bitcompile|include|calibrate", name)
     }
     text = (made.path / "README.md").read_text()
     headings = [companions.SECTIONS[name].splitlines()[0] for name in sections]

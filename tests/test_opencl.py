@@ -5,25 +5,28 @@ PoCL is a CPU driver: it proves the kernels and the host, and nothing about spee
 
 from __future__ import annotations
 
-import ctypes.util
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import lief
 import numpy as np
 import pytest
 
-from bitcompile import numerics
+from bitcompile import inspection, numerics
+from bitcompile.artifact import DATA, Artifact
 from bitcompile.errors import UsageError
 from bitcompile.targets import TARGETS, resolve
 from bitcompile.targets.adreno import SCHEDULES as ADRENO
 from bitcompile.targets.mali import SCHEDULES as MALI
 from bitcompile.targets.opencl import SCHEDULES as GENERIC
-from bitcompile.targets.tir.linking import CSRC, zig
-from tests import opencl_case, tools
+from bitcompile.targets.tir.linking import CSRC, LINUX, zig
+from bitcompile.targets.x86 import TRIPLE as X86
+from tests import artifacts, opencl_case, tools
+from tests.device import conformance_program, vectors
 from tests.opencl_case import differences, glu, head, inputs, linear, open_session, run
 
 HOST = "x86_64-linux"
@@ -35,49 +38,33 @@ POCL_HEADERS = Path("/usr/share/pocl/include")
 OCLGRIND = Path("/usr/lib/oclgrind/liboclgrind-rt-icd.so")
 
 
-def driver() -> str:
-    name = ctypes.util.find_library("OpenCL")
-    tools.require("an OpenCL driver (pocl-opencl-icd, ocl-icd-libopencl1)", name is not None)
-    return str(name)
-
-
 @pytest.fixture(scope="module", params=GPUS)
 def gpu_plugin(request: pytest.FixtureRequest) -> Path:
     """One target's plugin without CPU kernels: nothing can take over unseen."""
-    driver()
+    tools.opencl_driver()
     return resolve(request.param, HOST, {"fallback": "none"}).compile()[0]
 
 
 @pytest.fixture(scope="module")
 def alone() -> Path:
-    driver()
+    tools.opencl_driver()
     return resolve("opencl", HOST, {"fallback": "none"}).compile()[0]
 
 
 @pytest.fixture(scope="module")
 def plugin() -> Path:
     """The plugin of `--target opencl`, which has CPU kernels."""
-    driver()
+    tools.opencl_driver()
     return resolve("opencl").compile()[0]
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
-    """Variables that put ``fake_opencl.c`` in the driver's place; the cache is empty."""
-    folder = tmp_path_factory.mktemp("faulty")
-    real = next(Path("/usr/lib").rglob(driver()))
-    flags = [
-        "-shared",
-        "-fPIC",
-        "-Wall",
-        "-Werror",
-        f"-I{CSRC}",
-        "-o",
-        str(folder / "libOpenCL.so"),
-    ]
-    zig(["cc", *flags, str(HERE / "fake_opencl.c"), str(real)])
-    cache = folder / "cache"
-    return {"LD_LIBRARY_PATH": str(folder), "BITCOMPILE_CACHE": str(cache)}
+def conformance(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The program that compares golden vectors, and the vectors."""
+    folder = tmp_path_factory.mktemp("conformance")
+    conformance_program(LINUX, X86, folder / "conformance")
+    vectors.write(folder / "vectors")
+    return folder / "conformance", folder / "vectors"
 
 
 # --- exact results ------------------------------------------------------------------------------
@@ -112,6 +99,16 @@ def test_every_operator_is_bit_identical(gpu_plugin: Path) -> None:
         session = open_session(case, str(gpu_plugin))
         wrong = differences(session, case, inputs(rng, case, M))
         assert wrong == 0, (case[0], case[1], M)
+
+
+def test_golden_vectors(gpu_plugin: Path, conformance: tuple[Path, Path]) -> None:
+    """Int32 sums, and every float, by the program that runs on phones."""
+    program, golden = conformance
+    command = [program, gpu_plugin, golden, *GPUS]  # two of the names are refused
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| exact |") == 1
+    assert done.stdout.count("is not a variant of this plugin") == len(GPUS) - 1
 
 
 def test_random_shapes_give_exact_accumulators(gpu_plugin: Path) -> None:
@@ -168,7 +165,9 @@ def test_division_and_root_are_rounded_to_nearest(rough: int, tmp_path: Path) ->
 # --- the whole model ----------------------------------------------------------------------------
 
 
-def test_the_model_generates_the_tokens_of_the_cpu(plugin: Path, tmp_path: Path) -> None:
+def test_the_model_generates_the_tokens_of_the_cpu(
+    plugin: Path, embedded: Callable[[str], Artifact], tmp_path: Path
+) -> None:
     import bitcompile
     from tests.single_node import isa
     from tests.test_docs_model import MODEL, greedy, prompt_tokens
@@ -178,11 +177,43 @@ def test_the_model_generates_the_tokens_of_the_cpu(plugin: Path, tmp_path: Path)
     assert made.manifest["verification"]["summary"].startswith("25 of 25 operators bit-exact")
     assert made.manifest["target"]["isas"][0] == "opencl"
     prompt = prompt_tokens("The following example creates a table")
+    cpu = greedy(embedded("x86"), prompt, 12)[0]
     tokens = {}
     for variant in (None, "opencl", "portable"):
         with isa(variant):
             tokens[variant] = greedy(made, prompt, 12)[0]
-    assert tokens[None] == tokens["opencl"] == tokens["portable"]
+    assert tokens[None] == tokens["opencl"] == tokens["portable"] == cpu
+
+
+def test_the_weights_are_those_of_the_cpu_once(tmp_path: Path) -> None:
+    """Both halves read the CPU's tiles: nothing is doubled, and `inspect` says so."""
+    ours = artifacts.write(tmp_path / "ours", target="opencl")
+    cpu = artifacts.write(tmp_path / "cpu", target="x86")
+    assert (ours.path / DATA).read_bytes() == (cpu.path / DATA).read_bytes()
+    reports = [inspection.inspect(made.path) for made in (ours, cpu)]
+    assert reports[0]["bytes"] == reports[1]["bytes"]
+    text = inspection.format_report(reports[0])
+    assert re.search(r"weights +one copy, layout i2_n16k16, read by opencl, avx512-vbmi, ", text)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "host"),
+    [("opencl", HOST), ("mali", "aarch64-linux-android"), ("adreno", "aarch64-linux-gnu")],
+)
+def test_its_artifact_says_what_the_host_needs(gpu: str, host: str, tmp_path: Path) -> None:
+    made = artifacts.write(tmp_path / "out", target=gpu, host=host)
+    assert made.manifest["target"]["host"].startswith(host)
+    made.check_hashes()
+    text = (made.path / "README.md").read_text()
+    assert "Weights are ternary" in text
+    assert "{" not in re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    assert ('uses-native-library android:name="libOpenCL.so"' in text) == ("android" in host)
+    assert "BITCOMPILE_OFFLOAD" in text
+    program = lief.ELF.parse(str(made.path / "calibrate"))
+    assert program is not None
+    assert (made.path / "calibrate").stat().st_mode & 0o111
+    alone = resolve(gpu, host, {"fallback": "none"})
+    assert not any("calibrate" in section for section in alone.guide)
 
 
 # --- the host -----------------------------------------------------------------------------------
@@ -208,21 +239,34 @@ def test_the_second_start_takes_the_binary_from_the_cache(alone: Path, tmp_path:
 
 
 def test_a_driver_with_copies_and_a_cache_that_cannot_be_written(
-    alone: Path, faulty: Mapping[str, str], tmp_path: Path
+    alone: Path, faulty: Mapping[str, str]
 ) -> None:
     report, noise = run(alone, **faulty, FAKE_OPENCL="copies")
     assert (report["exact"], noise) == (True, "")
-    nowhere = {**faulty, "BITCOMPILE_CACHE": "/dev/null", "HOME": "/dev/null"}
-    nowhere |= {"POCL_CACHE_DIR": str(tmp_path)}  # PoCL itself needs one
-    beside = tmp_path / "plugin"  # the last place is the plugin's own, which other tests share
-    beside.mkdir()
-    report, noise = run(Path(shutil.copy(alone, beside)), **nowhere, XDG_CACHE_HOME="/dev/null")
-    assert [path.suffix for path in beside.iterdir() if path.name.startswith("opencl-")] == [".bin"]
+    report, noise = run(alone, **{**faulty, "BITCOMPILE_CACHE": "/dev/null"})
     assert (report["exact"], noise) == (True, "")
+
+
+def test_without_a_chosen_cache_it_lies_with_the_user_or_the_plugin(
+    alone: Path, tmp_path: Path
+) -> None:
+    """The first folder that can be written."""
+    copy = tmp_path / "plugin" / alone.name
+    copy.parent.mkdir()
+    shutil.copyfile(alone, copy)
+    places = {"BITCOMPILE_CACHE": "", "POCL_CACHE_DIR": str(tmp_path)}  # PoCL itself needs one
+    report, _ = run(copy, **places, XDG_CACHE_HOME=str(tmp_path / "xdg"))
+    assert report["exact"]
+    assert len(list((tmp_path / "xdg" / "bitcompile").glob("opencl-*.bin"))) == 1
+    report, _ = run(copy, **places, XDG_CACHE_HOME="/dev/null", HOME="/dev/null")
+    assert report["exact"]
+    assert len(list(copy.parent.glob("opencl-*.bin"))) == 1
 
 
 FAULTS = {
     "small groups": r"work-groups of 16 items .* use another device",
+    "embedded": r"has no full OpenCL profile, which the kernels need: use another device",
+    "no compiler": r"has no compiler, which the kernels need: use another device",
     "bad source": r"cannot build the kernels: .*error",
     "no fma": r"divides or takes roots wrongly: update the GPU's driver",
     "no room": r"cannot hold \d+ bytes of activations, out of memory \(-4\): use shorter",
@@ -251,13 +295,15 @@ def _matches(pattern: str, text: str) -> bool:
     return found
 
 
+@pytest.mark.parametrize("fault", ["wrong dot", "absent dot"])
 def test_a_wrong_dot_product_is_not_used(
-    alone: Path, faulty: Mapping[str, str], tmp_path: Path
+    fault: str, alone: Path, faulty: Mapping[str, str], tmp_path: Path
 ) -> None:
-    """The driver says that it has one, which builds and computes something else."""
-    places = {**faulty, "BITCOMPILE_CACHE": str(tmp_path), "FAKE_OPENCL": "wrong dot"}
-    report, _ = run(alone, **places)
+    """The driver says that it has one, which computes something else, or does not build."""
+    places = {**faulty, "BITCOMPILE_CACHE": str(tmp_path), "FAKE_OPENCL": fault}
+    report, noise = run(alone, **places, BITCOMPILE_VERBOSE="1")
     assert report["exact"], report
+    assert "dot product: plain" in noise
 
 
 @pytest.mark.parametrize("which", ["no library", "no device"])
@@ -279,16 +325,50 @@ def test_without_a_driver(which: str, alone: Path, plugin: Path, tmp_path: Path)
     assert _matches(message, str(report["error"]))
 
 
-def test_what_goes_to_the_device_is_chosen(plugin: Path, tmp_path: Path) -> None:
-    """A device that fails tells who was asked: decode rows are left to the CPU by default."""
+@pytest.mark.parametrize(("choice", "asked"), [("none", False), ("prefill", True), ("all", True)])
+def test_the_plugin_does_as_the_calibration_says(
+    choice: str, asked: bool, plugin: Path, faulty: Mapping[str, str], tmp_path: Path
+) -> None:
+    """A device that fails tells whether it was asked."""
     copy = tmp_path / plugin.name
     shutil.copyfile(plugin, copy)
-    report, _ = run(copy, BITCOMPILE_OFFLOAD="some")
+    copy.with_name(copy.name + ".offload").write_text(f"{choice}\n\n| a table | follows |\n")
+    report, noise = run(copy, **faulty, FAKE_OPENCL="lost")
+    assert (report["exact"], "take over" in noise) == (True, asked)
+    # A token alone is the CPU's unless everything is the device's.
+    report, noise = run(copy, **faulty, FAKE_OPENCL="lost", OPENCL_CASE_ROWS="1,8")
+    assert (report["exact"], "take over" in noise) == (True, choice == "all")
+
+
+def test_what_is_no_choice(plugin: Path, faulty: Mapping[str, str], tmp_path: Path) -> None:
+    """The user's is refused; a file's is as none, and so is one that a variable overrules."""
+    report, _ = run(plugin, BITCOMPILE_OFFLOAD="some")
     assert _matches("BITCOMPILE_OFFLOAD=some; choose one of: auto, none", str(report["error"]))
-    for choice in ("all", "prefill", "none"):
-        copy.with_name(copy.name + ".offload").write_text(f"{choice}\n")
-        report, noise = run(copy)
-        assert (report["exact"], noise) == (True, "")
+    copy = tmp_path / plugin.name
+    shutil.copyfile(plugin, copy)
+    for text, variable in (("some\n", ""), ("", ""), ("all\n", "prefill")):
+        copy.with_name(copy.name + ".offload").write_text(text)
+        places = {**faulty, "FAKE_OPENCL": "lost", "BITCOMPILE_OFFLOAD": variable}
+        report, noise = run(copy, **places, OPENCL_CASE_ROWS="1")
+        assert (report["exact"], noise) == (True, "")  # auto: prefill on a device with our memory
+
+
+def test_a_device_asked_for_by_name_is_not_replaced(
+    plugin: Path, faulty: Mapping[str, str]
+) -> None:
+    report, noise = run(plugin, **faulty, FAKE_OPENCL="lost", BITCOMPILE_ISA="opencl")
+    assert _matches(FAULTS["lost"], str(report["error"]))
+    assert noise == ""
+
+
+def test_what_it_runs_on_is_told_when_asked(plugin: Path) -> None:
+    report, noise = run(plugin, BITCOMPILE_VERBOSE="1")
+    assert report["exact"]
+    assert re.fullmatch(
+        r"bitcompile: .*, driver .*, dot product: plain, memory: the host's, weights: in place"
+        r"(, program from the cache)?\n",
+        noise,
+    )
 
 
 def test_choices_of_a_target_are_checked() -> None:

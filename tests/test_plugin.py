@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from bitcompile import numerics
 from bitcompile.custom_ops import OPS
-from bitcompile.packing import CPU_TILE, GROUP_SIZES, PackedTernary, groups
+from bitcompile.packing import CPU_TILE, GROUP_SIZES, T5_TILE, Layout, PackedTernary, groups
 from bitcompile.targets import resolve
 from tests.single_node import NONE, accumulator_input, isa, model, plugin, session
 from tests.tools import program
 
-ISAS = ["avx512-vnni", "avx2", "portable"]
+ISAS = ["avx512-vbmi", "avx512-vnni", "avx-vnni", "avx2", "portable"]
+TILES = pytest.mark.parametrize("tile", [CPU_TILE, T5_TILE], ids=lambda tile: tile.id)
 SWEEP = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
@@ -37,10 +38,12 @@ def runnable(name: str) -> bool:
     return True
 
 
-def linear(weight: np.ndarray, scale: object) -> tuple[dict[str, object], dict[str, np.ndarray]]:
+def linear(
+    weight: np.ndarray, scale: object, tile: Layout = CPU_TILE
+) -> tuple[dict[str, object], dict[str, np.ndarray]]:
     """Attributes and constants of a BitLinear without bias and residual."""
-    packed = PackedTernary.pack(weight, scale, CPU_TILE)
-    attributes = {"K": weight.shape[1], "N": weight.shape[0], "layout": CPU_TILE.id}
+    packed = PackedTernary.pack(weight, scale, tile)
+    attributes = {"K": weight.shape[1], "N": weight.shape[0], "layout": tile.id}
     return attributes, {"w": packed.data, "w_scale": packed.scale, "bias": NONE, "residual": NONE}
 
 
@@ -62,18 +65,18 @@ shapes = st.tuples(
 )
 
 
+@TILES
 @SWEEP
 @given(shape=shapes, threads=st.integers(1, 4), seed=st.integers(0, 2**31))
 def test_accumulators_equal_the_integer_reference(
-    variant: str, shape: tuple[int, int, int], threads: int, seed: int
+    variant: str, tile: Layout, shape: tuple[int, int, int], threads: int, seed: int
 ) -> None:
     N, K, M = shape
     rng = np.random.default_rng(seed)
     weight = rng.integers(-1, 2, (N, K)).astype(np.int8)
     x, s = accumulator_input(rng, M, K)
-    y = session(model("BitLinear", *linear(weight, s)), variant=variant, threads=threads).run(
-        None, {"x": x}
-    )[0]
+    made = model("BitLinear", *linear(weight, s, tile))
+    y = session(made, variant=variant, threads=threads).run(None, {"x": x})[0]
     q, _ = numerics.quantize_activations(x)
     np.testing.assert_array_equal(y, q.astype(np.int64) @ weight.T.astype(np.int64))
 
@@ -128,8 +131,9 @@ def test_each_group_is_an_exact_integer_sum(variant: str) -> None:
         np.testing.assert_array_equal(y[0], acc.astype(np.float32) * (np.float32(1) / s))
 
 
+@TILES
 @pytest.mark.parametrize("M", [1, 5, 9])
-def test_extreme_accumulators_do_not_overflow(variant: str, M: int) -> None:
+def test_extreme_accumulators_do_not_overflow(variant: str, tile: Layout, M: int) -> None:
     """All weights and activations at their limit, over more columns than int16 sums could take."""
     N, K = 16, 20000
     weight = np.ones((N, K), np.int8)
@@ -137,22 +141,22 @@ def test_extreme_accumulators_do_not_overflow(variant: str, M: int) -> None:
     x = np.full((M, K), 3.0, np.float32)
     x[:, 1::2] = [[-3.0]] if M == 5 else [[3.0]]
     _, s = numerics.quantize_activations(x)
-    y = session(model("BitLinear", *linear(weight, s[0, 0])), variant=variant).run(None, {"x": x})[
-        0
-    ]
+    made = model("BitLinear", *linear(weight, s[0, 0], tile))
+    y = session(made, variant=variant).run(None, {"x": x})[0]
     expected = 0 if M == 5 else 127 * K
     np.testing.assert_array_equal(y, np.tile([expected, -expected], (M, N // 2)))
 
 
+@TILES
 @SWEEP
 @given(shape=shapes, threads=st.integers(1, 4), seed=st.integers(0, 2**31), extras=st.booleans())
 def test_norm_bit_linear_is_bit_identical(
-    variant: str, shape: tuple[int, int, int], threads: int, seed: int, extras: bool
+    variant: str, tile: Layout, shape: tuple[int, int, int], threads: int, seed: int, extras: bool
 ) -> None:
     N, K, M = shape
     rng = np.random.default_rng(seed)
     attributes, constants = linear(
-        rng.integers(-1, 2, (N, K)).astype(np.int8), rng.random(N).astype(np.float32)
+        rng.integers(-1, 2, (N, K)).astype(np.int8), rng.random(N).astype(np.float32), tile
     )
     attributes["eps"] = 1e-5
     constants["gamma"] = rng.standard_normal(K).astype(np.float32)
@@ -166,21 +170,22 @@ def test_norm_bit_linear_is_bit_identical(
     np.testing.assert_array_equal(y, reference)
 
 
+@TILES
 @settings(SWEEP, max_examples=40)
 @given(
-    shape=st.tuples(st.integers(1, 70), st.integers(1, 90), st.integers(1, 20)),
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 200), st.integers(1, 20)),
     activation=st.sampled_from(sorted(numerics.ACTIVATIONS)),
     sub_norm=st.integers(0, 1),
     threads=st.integers(1, 4),
     seed=st.integers(0, 2**31),
 )
 def test_bit_glu_is_bit_identical(
-    variant: str, shape: tuple[int, int, int], activation: str, sub_norm: int, threads: int,
-    seed: int,
+    variant: str, tile: Layout, shape: tuple[int, int, int], activation: str, sub_norm: int,
+    threads: int, seed: int,
 ) -> None:  # fmt: skip
     K, F, M = shape
     rng = np.random.default_rng(seed)
-    attributes, constants = glu(rng, K, F, activation, sub_norm)
+    attributes, constants = glu(rng, K, F, activation, sub_norm, tile)
     x = rng.standard_normal((M, K)).astype(np.float32)
     inputs = {"x": x, "residual": x}
     y = session(model("BitGLU", attributes, constants), variant=variant, threads=threads).run(
@@ -191,11 +196,16 @@ def test_bit_glu_is_bit_identical(
 
 
 def glu(
-    rng: np.random.Generator, K: int, F: int, activation: str, sub_norm: int
+    rng: np.random.Generator,
+    K: int,
+    F: int,
+    activation: str,
+    sub_norm: int,
+    tile: Layout = CPU_TILE,
 ) -> tuple[dict[str, object], dict[str, np.ndarray]]:
-    gate_up = PackedTernary.pack(rng.integers(-1, 2, (2 * F, K)).astype(np.int8), 0.1, CPU_TILE)
-    down = PackedTernary.pack(rng.integers(-1, 2, (K, F)).astype(np.int8), 0.2, CPU_TILE)
-    attributes = {"K": K, "F": F, "F2": 2 * F, "N": K, "layout": CPU_TILE.id, "eps": 1e-5}
+    gate_up = PackedTernary.pack(rng.integers(-1, 2, (2 * F, K)).astype(np.int8), 0.1, tile)
+    down = PackedTernary.pack(rng.integers(-1, 2, (K, F)).astype(np.int8), 0.2, tile)
+    attributes = {"K": K, "F": F, "F2": 2 * F, "N": K, "layout": tile.id, "eps": 1e-5}
     attributes |= {"activation": activation, "sub_norm": sub_norm}
     constants = {
         "gamma_in": rng.random(K).astype(np.float32),
@@ -208,10 +218,12 @@ def glu(
     return attributes, constants
 
 
-def test_bit_glu_over_more_rows_than_one_pass() -> None:
+@pytest.mark.parametrize(("rows", "F"), [(600, 24), (600, 32), (515, 32)])
+def test_bit_glu_over_more_rows_than_one_pass(rows: int, F: int) -> None:
+    """Up rows that begin inside a tile or with one; a last pass of many rows or of a few."""
     rng = np.random.default_rng(5)
-    attributes, constants = glu(rng, 8, 24, "relu2", 1)
-    x = rng.standard_normal((2, 600, 8)).astype(np.float32)
+    attributes, constants = glu(rng, 8, F, "relu2", 1)
+    x = rng.standard_normal((2, rows, 8)).astype(np.float32)
     inputs = {"x": x, "residual": x}
     y = session(model("BitGLU", attributes, constants), threads=2).run(None, inputs)[0]
     reference = OPS["BitGLU"].reference({**constants, **inputs}, attributes)
@@ -219,7 +231,9 @@ def test_bit_glu_over_more_rows_than_one_pass() -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("V", "K", "M"), [(1, 1, 1), (37, 128, 1), (50, 300, 3), (700, 512, 2)])
+@pytest.mark.parametrize(
+    ("V", "K", "M"), [(1, 1, 1), (37, 128, 1), (50, 300, 3), (700, 512, 2), (41, 300, 8)]
+)
 def test_head_is_bit_identical(variant: str, bits: int, V: int, K: int, M: int) -> None:
     rng = np.random.default_rng(V)
     codes, scale = numerics.quantize_table(rng.standard_normal((V, K)).astype("f4"), bits, 128)
@@ -294,6 +308,8 @@ def test_bad_inputs_name_the_remedy() -> None:
     assert "act_bits = 8" in change(act_bits=8.0)
     assert "group_size = 48; it must be 0, 16" in change(group_size=48)
     assert "w_scale has shape [4, 1], expected [1, 1, 16]" in change(group_size=16)
+    assert "16 columns does not fit layout 't5_n16k20'" in change(layout=T5_TILE.id, group_size=16)
+    assert "w has shape [1, 1, 64], expected [1, 2, 64]" in change(K=30, x=np.ones((2, 30), "f4"))
     assert "K must be 1.." in change(K=1 << 30)
     assert "1..8388608" in change(N=1 << 24)
     assert "Unexpected input data type" in change(x=np.ones((2, 6), np.float64))

@@ -27,7 +27,9 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own, with a compiler that only counts."""
     monkeypatch.setenv("BITCOMPILE_CACHE", str(tmp_path / "cache"))
 
-    def compile(isas: object, triple: str, layout: str, cpu: Path, path: Path, *_: object) -> None:
+    def compile(
+        isas: object, triple: str, layouts: object, cpu: Path, path: Path, *_: object
+    ) -> None:
         path.parent.mkdir(exist_ok=True)
         count = tmp_path / "count"
         count.write_text(count.read_text() + "x" if count.exists() else "x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import shutil
 from pathlib import Path
@@ -33,6 +34,13 @@ def cuda_compiler() -> None:
     from bitcompile.targets.tir.cuda.compiler import missing_compiler
 
     require("a CUDA compiler", missing_compiler() is None)
+
+
+def opencl_driver() -> str:
+    """Name of the OpenCL loader's library."""
+    name = ctypes.util.find_library("OpenCL")
+    require("an OpenCL driver (pocl-opencl-icd, ocl-icd-libopencl1)", name is not None)
+    return str(name)
 
 
 def onnxruntime_headers() -> Path:

@@ -80,10 +80,10 @@ int64_t bc_groups(const Kernel *k, int64_t K) {
 
 BcStatus *bc_expect_weight(const Kernel *k, const char *what, const Tensor *w,
                            const char *scale_name, const Tensor *scale, int64_t N, int64_t K) {
-  const Device *d = k->device;
-  const int64_t packed[] = {bc_ceil_div(N, d->tile_rows), bc_ceil_div(K, d->tile_columns),
-                            d->tile_bytes};
-  const int64_t scales[] = {N, 1}, grouped[] = {packed[0], bc_groups(k, K), d->tile_rows};
+  const Layout *l = k->layout;
+  const int64_t packed[] = {bc_ceil_div(N, l->tile_rows), bc_ceil_div(K, l->tile_columns),
+                            l->tile_bytes};
+  const int64_t scales[] = {N, 1}, grouped[] = {packed[0], bc_groups(k, K), l->tile_rows};
   TRY(bc_expect(k, what, w, 3, packed));
   if (k->group_size) return bc_expect(k, scale_name, scale, 3, grouped);
   return bc_expect(k, scale_name, scale, 2, scales);

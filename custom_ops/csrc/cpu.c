@@ -8,13 +8,19 @@
 #include "ops.h"
 
 enum {
-  TILE_ROWS = 16, /* weight rows and columns of a tile of the CPU layout */
+  TILE_ROWS = 16, /* weight rows and bytes of a tile, in every CPU layout */
   TILE_BYTES = 64,
-  DECODE_ROWS = 8, /* up to here a gemv, above a gemm */
+  GROUP_COLUMNS = 16, /* columns of a tile where weights have group scales */
+  DECODE_ROWS = 8,    /* up to here a gemv, above a gemm */
   ALIGN = 64,
 };
 
 static const bc_variant *variant(const Kernel *k) { return k->state; }
+
+/* Columns with those that fill the last tile. */
+static int64_t padded_columns(const Kernel *k, int64_t K) {
+  return bc_ceil_div(K, k->layout->tile_columns) * k->layout->tile_columns;
+}
 
 /* ---- scratch memory -------------------------------------------------------------------------- */
 
@@ -77,14 +83,14 @@ typedef struct Rows {
 } Rows;
 
 static int64_t rows_bytes(const Kernel *k, int64_t M, int64_t K) {
-  int64_t Kp = bc_ceil_div(K, TILE_ROWS) * TILE_ROWS, padded_rows = M + BC_ROW_PAD;
+  int64_t Kp = padded_columns(k, K), padded_rows = M + BC_ROW_PAD;
   int64_t sums = padded_rows * bc_groups(k, K) * 4;
   return padded(padded_rows * Kp) + padded(padded_rows * 4) + padded(sums);
 }
 
 static Rows take_rows(const Kernel *k, Scratch *scratch, int64_t M, int64_t K) {
-  Rows rows = {.Kp = bc_ceil_div(K, TILE_ROWS) * TILE_ROWS, .G = bc_groups(k, K)};
-  rows.group_blocks = k->group_size / TILE_ROWS;
+  Rows rows = {.Kp = padded_columns(k, K), .G = bc_groups(k, K)};
+  rows.group_blocks = k->group_size / GROUP_COLUMNS;
   rows.q = take(scratch, (M + BC_ROW_PAD) * rows.Kp);
   rows.s = take(scratch, (M + BC_ROW_PAD) * 4);
   rows.qsum = take(scratch, (M + BC_ROW_PAD) * rows.G * 4);
@@ -114,7 +120,10 @@ static void row_task(void *opaque, size_t i) {
   /* With groups the row sums of the quantisation are replaced by those of the groups; G >= 1 leaves
    * room for both. */
   int32_t *qsum = j->to.qsum + m * j->to.G;
-  if (j->glu) j->glu(j->both + 2 * m * j->K, j->hidden + m * j->K, count, K);
+  if (j->glu) {
+    const float *both = j->both + 2 * m * j->K;
+    j->glu(both, both + K, j->hidden + m * j->K, count, K, 2 * K, K);
+  }
   if (j->gamma)
     j->v->norm_quantize(x, j->gamma, q, j->to.s + m, qsum, count, K, Kp, j->eps);
   else
@@ -131,10 +140,12 @@ static BcStatus *run_rows(const Kernel *k, BcContext *context, RowJob *job) {
 
 typedef struct MatmulJob {
   const bc_variant *v;
+  int coding; /* of w: BC_I2 ... */
   const uint8_t *w;
   const float *w_scale, *bias, *residual;
   Rows from;
   float *y;
+  bc_glu_fn *glu; /* if set: w holds N gate rows, then N up rows; y is act(gate) * up */
   int64_t M, N, KB, ldy;
   int64_t step;    /* tiles of a task */
   int64_t m_step;  /* activation rows of a task */
@@ -143,14 +154,14 @@ typedef struct MatmulJob {
 
 static const float *at(const float *p, int64_t offset) { return p ? p + offset : NULL; }
 
-/* The arguments every product kernel begins with, for weight rows from n and activation rows from m
- * on. */
-#define PRODUCT(j, tile, n, m, tiles, M)                                                        \
-  (j)->w + (tile) * (j)->KB *TILE_BYTES, (const int32_t *)((j)->from.q + (m) * (j)->from.Kp),   \
-      (j)->from.qsum + (m) * (j)->from.G, (j)->from.s + (m), (j)->w_scale + (n) * (j)->from.G,  \
-      at((j)->bias, n), at((j)->residual, (m) * (j)->ldy + (n)), (j)->y + (m) * (j)->ldy + (n), \
-      (int32_t)((j)->N - (n)), (int32_t)(j)->ldy, (j)->bias != NULL, (j)->residual != NULL,     \
-      (int32_t)(tiles), (int32_t)(M), (int32_t)(j)->KB
+/* The arguments every product kernel begins with, for `rows` weight rows from n and activation rows
+ * from m on, into out, whose rows are ld apart. */
+#define PRODUCT(j, n, rows, m, tiles, M, out, ld)                                              \
+  (j)->w + (n) / TILE_ROWS *(j)->KB *TILE_BYTES,                                               \
+      (const int32_t *)((j)->from.q + (m) * (j)->from.Kp), (j)->from.qsum + (m) * (j)->from.G, \
+      (j)->from.s + (m), (j)->w_scale + (n) * (j)->from.G, at((j)->bias, n),                   \
+      at((j)->residual, (m) * (j)->ldy + (n)), out, (int32_t)(rows), (int32_t)(ld),            \
+      (j)->bias != NULL, (j)->residual != NULL, (int32_t)(tiles), (int32_t)(M), (int32_t)(j)->KB
 #define GROUPS(j) (int32_t)(j)->from.G, (int32_t)(j)->from.group_blocks
 
 static void gemv_task(void *opaque, size_t i) {
@@ -158,29 +169,47 @@ static void gemv_task(void *opaque, size_t i) {
   int64_t tile = (int64_t)i * j->step, n = tile * TILE_ROWS;
   int64_t tiles = bc_min64(j->step, bc_ceil_div(j->N, TILE_ROWS) - tile);
   if (j->from.group_blocks)
-    j->v->gemv_grouped(PRODUCT(j, tile, n, 0, tiles, j->M), GROUPS(j));
+    j->v->gemv_grouped(PRODUCT(j, n, j->N - n, 0, tiles, j->M, j->y + n, j->ldy), GROUPS(j));
   else
-    j->v->gemv(PRODUCT(j, tile, n, 0, tiles, j->M));
+    j->v->gemv[j->coding](PRODUCT(j, n, j->N - n, 0, tiles, j->M, j->y + n, j->ldy));
+}
+
+/* One panel, up to `rows` weight rows from n on, for M activation rows from m on, into y. */
+static void gemm_panel(const MatmulJob *j, int64_t n, int64_t rows, int64_t m, int64_t M, float *y,
+                       int64_t ldy) {
+  _Alignas(ALIGN) uint8_t panel[BC_MAX_PANEL];
+  _Alignas(ALIGN) int32_t partial[BC_MAX_PARTIAL];
+  int64_t tiles = bc_min64(j->step, bc_ceil_div(rows, TILE_ROWS));
+  if (j->from.group_blocks)
+    j->v->gemm_grouped(PRODUCT(j, n, rows, m, tiles, M, y, ldy), GROUPS(j), panel,
+                       (float *)partial);
+  else
+    j->v->gemm[j->coding](PRODUCT(j, n, rows, m, tiles, M, y, ldy), panel, partial);
 }
 
 static void gemm_task(void *opaque, size_t i) {
-  _Alignas(ALIGN) uint8_t panel[BC_MAX_PANEL];
-  _Alignas(ALIGN) int32_t partial[BC_MAX_PARTIAL];
+  _Alignas(ALIGN) float both[2 * BC_MAX_PARTIAL];
   MatmulJob *j = opaque;
-  int64_t tile = ((int64_t)i % j->columns) * j->step, n = tile * TILE_ROWS;
-  int64_t m = ((int64_t)i / j->columns) * j->m_step;
-  int64_t tiles = bc_min64(j->step, bc_ceil_div(j->N, TILE_ROWS) - tile);
-  int64_t M = bc_min64(j->m_step, j->M - m);
-  if (j->from.group_blocks)
-    j->v->gemm_grouped(PRODUCT(j, tile, n, m, tiles, M), GROUPS(j), panel, (float *)partial);
-  else
-    j->v->gemm(PRODUCT(j, tile, n, m, tiles, M), panel, partial);
+  int64_t n = ((int64_t)i % j->columns) * j->step * TILE_ROWS, rows = j->N - n;
+  int64_t m = ((int64_t)i / j->columns) * j->m_step, M = bc_min64(j->m_step, j->M - m);
+  float *y = j->y + m * j->ldy + n;
+  if (!j->glu) {
+    gemm_panel(j, n, rows, m, M, y, j->ldy);
+    return;
+  }
+  /* Gate and up of the same columns meet in this thread's cache and never reach memory. */
+  int64_t width = j->step * TILE_ROWS, ld = 2 * width;
+  gemm_panel(j, n, rows, m, M, both, ld);
+  gemm_panel(j, j->N + n, rows, m, M, both + width, ld);
+  j->glu(both, both + width, y, (int32_t)M, (int32_t)bc_min64(width, rows), (int32_t)ld,
+         (int32_t)j->ldy);
 }
 
 static BcStatus *run_matmul(const Kernel *k, BcContext *context, MatmulJob *job) {
   int64_t tiles = bc_ceil_div(job->N, TILE_ROWS);
   job->v = variant(k);
-  job->KB = job->from.Kp / TILE_ROWS;
+  job->coding = k->layout->coding;
+  job->KB = job->from.Kp / k->layout->tile_columns;
   job->ldy = job->N;
   if (job->M <= DECODE_ROWS) {
     /* An even number of tiles, for kernels that walk two, and some 128 KiB of weights a task. */
@@ -230,14 +259,20 @@ static BcStatus *compute_bit_glu(const Kernel *k, BcContext *context) {
   const Tensor *in = n.in;
   int64_t M = n.M;
   int64_t most = bc_min64(M, PASS_ROWS);
+  /* A prefill multiplies gate and up together, where up begins with a tile; `unfused`: the most
+   * rows of a pass that does not. */
+  int fusable = k->F % TILE_ROWS == 0;
+  int64_t unfused = fusable ? bc_min64(most, DECODE_ROWS) : most;
   int64_t bytes = rows_bytes(k, most, k->K) + rows_bytes(k, most, k->F);
-  bytes += padded(3 * most * k->F * 4);
+  bytes += padded((most + 2 * unfused) * k->F * 4);
   TRY(open_scratch(k, context, bytes, &scratch));
   Rows outer = take_rows(k, &scratch, most, k->K), inner = take_rows(k, &scratch, most, k->F);
-  float *both = take(&scratch, 2 * most * k->F * 4), *hidden = both + 2 * most * k->F;
+  float *hidden = take(&scratch, (most + 2 * unfused) * k->F * 4), *both = hidden + most * k->F;
+  bc_glu_fn *glu = variant(k)->glu[k->activation];
   BcStatus *status = NULL;
   for (int64_t m = 0; m < M && !status; m += most) {
     int64_t count = bc_min64(most, M - m);
+    int fuse = fusable && count > DECODE_ROWS;
     RowJob norm = {.x = (const float *)in[0].data + m * k->K,
                    .gamma = in[1].data,
                    .to = outer,
@@ -247,11 +282,12 @@ static BcStatus *compute_bit_glu(const Kernel *k, BcContext *context) {
     MatmulJob gate_up = {.w = in[2].data,
                          .w_scale = in[3].data,
                          .from = outer,
-                         .y = both,
+                         .y = fuse ? hidden : both,
+                         .glu = fuse ? glu : NULL,
                          .M = count,
-                         .N = 2 * k->F};
+                         .N = fuse ? k->F : 2 * k->F};
     RowJob gate = {.both = both,
-                   .glu = variant(k)->glu[k->activation],
+                   .glu = fuse ? NULL : glu,
                    .hidden = hidden,
                    .x = hidden,
                    .gamma = k->sub_norm ? in[4].data : NULL,
@@ -446,10 +482,6 @@ static const int types[] = {BC_FLOAT, 0};
 
 const Device bc_cpu_device = {
     .types = types,
-    .layout = bc_layout,
-    .tile_rows = TILE_ROWS,
-    .tile_columns = TILE_ROWS,
-    .tile_bytes = TILE_BYTES,
     .open = open_cpu,
     .compute = {compute_linear, compute_linear, compute_bit_glu, compute_head_linear, compute_roof},
 };

@@ -159,10 +159,6 @@ const Device bc_cuda_device = {
     .provider = "CUDAExecutionProvider",
     .types = types,
     .remote = 1,
-    .layout = bc_layout,
-    .tile_rows = 16,
-    .tile_columns = 128,
-    .tile_bytes = 512,
     .open = open_cuda,
     .compute = {compute_linear, compute_linear, compute_bit_glu},
 };

@@ -33,7 +33,6 @@ typedef struct bc_image {
 extern const bc_image bc_images[];
 extern const int bc_image_count;
 extern const char *const bc_kernel_names[BC_CUDA_KERNELS];
-extern const char bc_layout[];
 
 typedef struct bc_gpu {
   int device, major, minor, processors, shared_limit, ready;

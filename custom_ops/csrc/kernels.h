@@ -38,8 +38,12 @@ typedef void bc_gemm_grouped_fn(const uint8_t *w, const int32_t *q, const int32_
 /* sums [M, G] of q [M, Kp] */
 typedef void bc_group_sums_fn(const int8_t *q, int32_t *sums, int32_t M, int32_t Kp, int32_t G,
                               int32_t group_blocks);
-/* hidden [M, F] = act(both[:, :F]) * both[:, F:] */
-typedef void bc_glu_fn(const float *both, float *hidden, int32_t M, int32_t F);
+/* hidden [M, F] = act(gate) * up; rows of gate and up are ld apart, those of hidden ld_hidden */
+typedef void bc_glu_fn(const float *gate, const float *up, float *hidden, int32_t M, int32_t F,
+                       int32_t ld, int32_t ld_hidden);
+/* 15-bit quantisation: hi and lo as two digits, or as the activations of even and odd table bytes;
+ * the same variant's head reads them. A head gets so much of the table as the second cache holds,
+ * and may read it again for further rows. */
 typedef void bc_head_quantize_fn(const float *x, int8_t *hi, int8_t *lo, int32_t *offset, float *s,
                                  int32_t M, int32_t K, int32_t B, int32_t per_block);
 typedef void bc_head_fn(const uint8_t *table, const float *scale, const int8_t *hi,
@@ -58,8 +62,8 @@ typedef struct bc_variant {
   int32_t gemm_rows, gemm_tiles; /* the register tile */
   bc_quantize_fn *quantize;
   bc_norm_quantize_fn *norm_quantize;
-  bc_gemv_fn *gemv;
-  bc_gemm_fn *gemm;
+  bc_gemv_fn *gemv[BC_CODINGS]; /* NULL for layouts that the plugin does not read */
+  bc_gemm_fn *gemm[BC_CODINGS];
   bc_gemv_grouped_fn *gemv_grouped;
   bc_gemm_grouped_fn *gemm_grouped;
   bc_group_sums_fn *group_sums;
@@ -73,7 +77,6 @@ typedef struct bc_variant {
 
 extern const bc_variant bc_variants[]; /* best first */
 extern const int bc_variant_count;
-extern const char bc_layout[]; /* id of the weight layout all of them read */
 
 /* The CPU device's open with the name of a variant, NULL for the best. */
 BcStatus *bc_cpu_open(const BcApi *api, const char *wanted, const void **state);

@@ -27,6 +27,7 @@ static const char *const offloads[] = {"auto", "none", "prefill", "all"};
 typedef struct State { /* of a registration */
   Cl *cl;              /* NULL to leave everything to the CPU */
   const void *cpu;     /* state of the CPU's kernels, NULL without them */
+  int alone;           /* the CPU's kernels may not take over */
   int offload;
 } State;
 
@@ -60,36 +61,49 @@ static int calibrated(void) {
   snprintf(path, sizeof path, "%s.offload", self.dli_fname);
   FILE *file = fopen(path, "r");
   if (!file) return -1;
-  size_t length = fread(word, 1, sizeof word - 1, file);
+  size_t length = fread(word, 1, sizeof word - 1, file), end = 0;
   fclose(file);
-  while (length && word[length - 1] <= ' ') word[--length] = 0;
+  while (end < length && word[end] > ' ') end++;
+  word[end] = 0;
   return offload_named(word);
 }
 
-/* BITCOMPILE_OFFLOAD, else a calibration, else what the build chose. auto: a device with memory of
- * its own gets everything; one that shares the host's cannot read weights faster than the CPU, so
- * it gets prefill, whose time goes into products. */
-static BcStatus *choose_offload(const BcApi *api, const Cl *cl, int *out) {
+/* BITCOMPILE_OFFLOAD, else a calibration, else what the build chose. */
+static BcStatus *choose_offload(const BcApi *api, int *out) {
   const char *wanted = getenv("BITCOMPILE_OFFLOAD");
   if (wanted && *wanted) {
     *out = offload_named(wanted);
-    if (*out < 0)
-      return bc_fail(api, BC_INVALID_ARGUMENT,
-                     "bitcompile: BITCOMPILE_OFFLOAD=%s; choose one of: auto, none, prefill, all",
-                     wanted);
-  } else {
-    *out = calibrated();
-    if (*out < 0) *out = offload_named(bc_cl_offload);
+    if (*out >= 0) return NULL;
+    return bc_fail(api, BC_INVALID_ARGUMENT,
+                   "bitcompile: BITCOMPILE_OFFLOAD=%s; choose one of: auto, none, prefill, all",
+                   wanted);
   }
-  if (*out == OFFLOAD_AUTO) *out = cl && !cl->unified ? OFFLOAD_ALL : OFFLOAD_PREFILL;
+  *out = calibrated();
+  if (*out < 0) *out = offload_named(bc_cl_offload);
   return NULL;
+}
+
+/* auto: a device with memory of its own gets everything; one that shares the host's cannot read
+ * weights faster than the CPU, so it gets prefill, whose time goes into products. */
+static int automatic(const Cl *cl) { return cl->unified ? OFFLOAD_PREFILL : OFFLOAD_ALL; }
+
+static void tell(const Cl *cl) {
+  static const char *const dots[] = {"plain", "cl_khr_integer_dot_product",
+                                     "cl_arm_integer_dot_product_accumulate_int8",
+                                     "cl_qcom_dot_product8", "cl_arm_integer_dot_product_int8"};
+  if (cl->broken) return;
+  fprintf(stderr, "bitcompile: %s, driver %s, dot product: %s, memory: %s, weights: %s%s\n",
+          cl->name, cl->driver, dots[cl->dot], cl->unified ? "the host's" : "its own",
+          cl->zero_copy ? "in place" : "copied", cl->from_cache ? ", program from the cache" : "");
 }
 
 /* The process's device, opened at the first call. */
 static Cl *device(void) {
   pthread_mutex_lock(&lock);
-  if (!shared_device && (shared_device = calloc(1, sizeof *shared_device)))
+  if (!shared_device && (shared_device = calloc(1, sizeof *shared_device))) {
     shared_device->broken = bc_cl_open(shared_device);
+    if (getenv("BITCOMPILE_VERBOSE")) tell(shared_device);
+  }
   pthread_mutex_unlock(&lock);
   return shared_device;
 }
@@ -107,7 +121,10 @@ static BcStatus *open_opencl(const BcApi *api, const void **out) {
   if (!state) return bc_fail(api, BC_FAIL, "bitcompile: out of memory");
   BcStatus *status = NULL;
   if (bc_cl_cpu) status = bc_cl_cpu_open(api, device_only ? NULL : wanted, &state->cpu);
-  if (!status && (device_only || !wanted)) {
+  if (!status) status = choose_offload(api, &state->offload);
+  if (device_only) state->offload = OFFLOAD_ALL;
+  state->alone = device_only;
+  if (!status && (device_only || !wanted) && state->offload != OFFLOAD_NONE) {
     Cl *cl = device();
     const char *why = cl ? cl->fault : "out of memory";
     if (cl && !cl->broken)
@@ -116,8 +133,7 @@ static BcStatus *open_opencl(const BcApi *api, const void **out) {
       status = bc_fail(api, BC_FAIL, "bitcompile: %s", why);
     else
       say_fallback(why);
-    if (!status) status = choose_offload(api, state->cl, &state->offload);
-    if (device_only) state->offload = OFFLOAD_ALL;
+    if (state->cl && state->offload == OFFLOAD_AUTO) state->offload = automatic(cl);
   }
   if (status)
     free(state);
@@ -179,7 +195,7 @@ static void detach(Kernel *k) {
 
 /* Fault of the device to the runtime, or to the user and the CPU. */
 static BcStatus *give_up(const Kernel *k, const char *why) {
-  if (!state_of(k)->cpu) return bc_fail(k->api, BC_FAIL, "bitcompile::%s: %s", k->spec->name, why);
+  if (state_of(k)->alone) return bc_fail(k->api, BC_FAIL, "bitcompile::%s: %s", k->spec->name, why);
   say_fallback(why);
   return NULL;
 }
@@ -187,7 +203,7 @@ static BcStatus *give_up(const Kernel *k, const char *why) {
 static BcStatus *attach(Kernel *k) {
   Cl *cl = state_of(k)->cl;
   char why[sizeof cl->fault] = "";
-  if (!cl || state_of(k)->offload == OFFLOAD_NONE || k->op == BC_ROOF) return NULL;
+  if (!cl || k->op == BC_ROOF) return NULL;
   Constants *own = k->own = calloc(1, sizeof *own);
   if (!own) return bc_fail(k->api, BC_FAIL, "bitcompile::%s: out of memory", k->spec->name);
   pthread_mutex_lock(&lock);
@@ -396,9 +412,8 @@ static rows_fn *const rows_of[BC_OPS] = {linear_rows, linear_rows, glu_rows, hea
 /* What the device is given, by the choice of work and the rows of the call. */
 static int repays(const Kernel *k, int64_t M) {
   const State *state = state_of(k);
-  if (!k->own || state->cl->broken) return !state->cpu;
-  return state->offload == OFFLOAD_ALL || (state->offload == OFFLOAD_PREFILL && M > DECODE_ROWS) ||
-         !state->cpu;
+  if (!k->own || state->cl->broken) return state->alone;
+  return state->offload == OFFLOAD_ALL || (state->offload == OFFLOAD_PREFILL && M > DECODE_ROWS);
 }
 
 static BcStatus *compute(const Kernel *k, BcContext *context) {
@@ -430,10 +445,6 @@ static const int types[] = {BC_FLOAT, 0};
 
 const Device bc_opencl_device = {
     .types = types,
-    .layout = bc_cl_layout,
-    .tile_rows = TILE_ROWS,
-    .tile_columns = TILE_ROWS,
-    .tile_bytes = TILE_BYTES,
     .open = open_opencl,
     .compute = {compute, compute, compute, compute, compute_roof},
     .attach = attach,

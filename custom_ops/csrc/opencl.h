@@ -33,7 +33,6 @@ typedef struct bc_cl_kernel {
 extern const char bc_cl_target[];                /* its name, which BITCOMPILE_ISA may hold */
 extern const char bc_cl_source[], bc_cl_probe[]; /* OpenCL C: all kernels; the probe alone */
 extern const bc_cl_kernel bc_cl_kernels[CLK_KERNELS];
-extern const char bc_cl_layout[];
 
 /* The CPU kernels of the same plugin; both NULL without them. */
 extern const Device *const bc_cl_cpu;
@@ -71,6 +70,7 @@ typedef struct Held { /* a constant tensor on the device, shared by the nodes th
 } Held;
 
 typedef struct Cl {
+  void *library;
   ClApi api;
   ClDevice device;
   ClContext context;

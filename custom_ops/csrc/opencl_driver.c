@@ -54,6 +54,7 @@ static int load_driver(Cl *cl) {
   void *library = NULL;
   for (size_t i = 0; i < sizeof names / sizeof *names && !library; i++)
     library = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
+  cl->library = library;
   if (!library) return bc_cl_fault(cl, "no OpenCL driver (libOpenCL.so): install the GPU's driver");
 #define BC_CL_LOAD(name, result, parameters)            \
   *(void **)&cl->api.name = dlsym(library, "cl" #name); \
@@ -429,20 +430,26 @@ static uint64_t cache_key(const Cl *cl) {
   return hash(h, bc_cl_source, strlen(bc_cl_source));
 }
 
-/* Candidate number i for the cache's folder; 0 if there is none. */
+/* Candidate number i for the cache's folder; 0 if there is none. BITCOMPILE_CACHE is the only one
+ * where it is set; then the user's, then the plugin's own. */
 static int cache_folder(int i, char *out) {
   static const struct {
     const char *variable, *below;
-  } places[] = {
-      {"BITCOMPILE_CACHE", ""}, {"XDG_CACHE_HOME", "/bitcompile"}, {"HOME", "/.cache/bitcompile"}};
+  } places[] = {{"XDG_CACHE_HOME", "/bitcompile"}, {"HOME", "/.cache/bitcompile"}};
+  enum { PLACES = sizeof places / sizeof *places };
+  const char *chosen = getenv("BITCOMPILE_CACHE");
   Dl_info self;
   out[0] = 0;
-  if (i < 3) {
+  if (chosen && *chosen) {
+    snprintf(out, FOLDER, "%s", chosen);
+    return i == 0;
+  }
+  if (i < PLACES) {
     const char *base = getenv(places[i].variable);
     if (base && *base) snprintf(out, FOLDER, "%s%s", base, places[i].below);
     return 1;
   }
-  if (i > 3 || !dladdr((const void *)bc_cl_source, &self) || !self.dli_fname) return 0;
+  if (i > PLACES || !dladdr((const void *)bc_cl_source, &self) || !self.dli_fname) return 0;
   const char *end = strrchr(self.dli_fname, '/');
   if (end) snprintf(out, FOLDER, "%.*s", (int)(end - self.dli_fname), self.dli_fname);
   return 1;

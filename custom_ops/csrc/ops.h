@@ -49,13 +49,22 @@ typedef struct Tensor {
 
 typedef struct Device Device;
 
+enum { BC_I2, BC_T5, BC_CODINGS }; /* four weights a byte, five */
+
+typedef struct Layout { /* how weights lie in memory: bitcompile/packing.py */
+  const char *id;
+  int64_t tile_rows, tile_columns, tile_bytes;
+  int coding; /* BC_I2 ... */
+} Layout;
+
 typedef struct Kernel { /* one node; read-only after its creation, so that Compute is re-entrant */
   const BcApi *api;
   const Device *device;
   const void *state; /* of the registration: what Device.open gave */
   const Spec *spec;
-  int op;   /* BC_BIT_LINEAR ... */
-  int type; /* element type of the activations */
+  const Layout *layout; /* of the weights, NULL where a node has none */
+  int op;               /* BC_BIT_LINEAR ... */
+  int type;             /* element type of the activations */
   int64_t K, N, F, F2, act_bits, bits, block, sub_norm, activation, kind, steps;
   int64_t group_size; /* columns that share a scale, 0 for a whole row */
   float eps;
@@ -71,8 +80,6 @@ struct Device {
   const char *provider; /* execution provider, NULL for the CPU's */
   const int *types;     /* element types of activations that it has kernels for, up to a 0 */
   int remote;           /* tensors lie in memory that the host cannot read */
-  const char *layout;   /* id of the weight layout its kernels read, and a tile of it */
-  int64_t tile_rows, tile_columns, tile_bytes;
   /* Once a registration: `state` of its kernels, which is never freed. */
   BcStatus *(*open)(const BcApi *, const void **state);
   bc_compute_fn *compute[BC_OPS]; /* NULL for an operator it does not have */
@@ -82,6 +89,8 @@ struct Device {
 };
 
 extern const Device *const bc_device; /* the plugin's, chosen by its generated table */
+extern const Layout
+    bc_layouts[]; /* that its kernels read, generated too, up to one without an id */
 extern const Device bc_cpu_device, bc_opencl_device, bc_cuda_device;
 
 /* An ORT status with a formatted text that names the remedy. */

@@ -47,7 +47,14 @@ static void attribute_text(const BcApi *api, const BcInfo *info, const char *nam
   out[0] = 0;
 }
 
-static BcStatus *check_attributes(const Kernel *k, const BcInfo *info) {
+/* The layout of that name, NULL if the plugin does not read it. */
+static const Layout *layout_of(const char *id) {
+  for (const Layout *l = bc_layouts; l->id; l++)
+    if (!strcmp(id, l->id)) return l;
+  return NULL;
+}
+
+static BcStatus *check_attributes(Kernel *k, const BcInfo *info) {
   static const char *activations[BC_ACTIVATIONS] = {"relu2", "silu", "gelu_tanh", "gelu_erf"};
   const BcApi *api = k->api;
   const char *name = k->spec->name;
@@ -73,11 +80,12 @@ static BcStatus *check_attributes(const Kernel *k, const BcInfo *info) {
                    "1, and required",
                    name, (double)k->eps);
   attribute_text(api, info, "layout", text, sizeof text);
-  if (strcmp(text, k->device->layout))
+  k->layout = layout_of(text);
+  if (!k->layout)
     return bc_fail(api, BC_INVALID_ARGUMENT,
-                   "bitcompile::%s: weights have layout '%s'; this plugin "
-                   "reads '%s': build the artifact for this target",
-                   name, text, k->device->layout);
+                   "bitcompile::%s: weights have layout '%s', which this plugin, unlike "
+                   "'%s', does not read: build the artifact for this target",
+                   name, text, bc_layouts->id);
   if (k->act_bits != 8)
     return bc_fail(api, BC_INVALID_ARGUMENT,
                    "bitcompile::%s: this plugin computes act_bits = 8 only: "
@@ -89,6 +97,11 @@ static BcStatus *check_attributes(const Kernel *k, const BcInfo *info) {
                    "bitcompile::%s: group_size = %lld; it must be 0, 16, 32, "
                    "64, 128 or 256",
                    name, (long long)g);
+  if (g % k->layout->tile_columns)
+    return bc_fail(api, BC_INVALID_ARGUMENT,
+                   "bitcompile::%s: a scale per %lld columns does not fit layout "
+                   "'%s': build the artifact with --layout i2",
+                   name, (long long)g, k->layout->id);
   if (k->op != BC_BIT_GLU) return NULL;
   if (k->F < 1 || k->F > MAX_K || k->F2 != 2 * k->F)
     return bc_fail(api, BC_INVALID_ARGUMENT,
@@ -103,7 +116,7 @@ static BcStatus *check_attributes(const Kernel *k, const BcInfo *info) {
   attribute_text(api, info, "activation", text, sizeof text);
   for (int i = 0; i < BC_ACTIVATIONS; i++)
     if (!strcmp(text, activations[i])) {
-      ((Kernel *)k)->activation = i;
+      k->activation = i;
       return NULL;
     }
   return bc_fail(api, BC_INVALID_ARGUMENT,

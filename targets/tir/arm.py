@@ -106,6 +106,7 @@ NEON = Isa(
     ternary_dot=_products,
     acc_dtype="int16",
     acc_parts=4,
+    fused=False,
     widen=_fours_to_int32,
     decode_field=_neon_field,
     # The factor of 4 adds at most 2 * 4 * 127 a block, the two of 1 and the one moved down less:

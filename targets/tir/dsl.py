@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import Shuffle
@@ -72,6 +73,13 @@ def const(value: float | int, dtype: str, lanes: int) -> Expr:
     return splat(tvm.tirx.const(value, dtype), lanes)
 
 
+def constants(values: np.ndarray) -> Expr:
+    """A vector of the given constants."""
+    dtype = values.dtype.name
+    scalars = [tvm.tirx.const(value, dtype) for value in values.tolist()]
+    return Shuffle(scalars, [T.int32(i) for i in range(len(scalars))])
+
+
 def typed(dtype: str, lanes: int) -> str:
     """The TVM name of a vector type."""
     return f"{dtype}x{lanes}" if lanes > 1 else dtype
@@ -118,6 +126,18 @@ def halves(value: Expr, lanes: int) -> tuple[Expr, Expr]:
     low = Shuffle([value], [T.int32(i) for i in range(lanes // 2)])
     high = Shuffle([value], [T.int32(i) for i in range(lanes // 2, lanes)])
     return low, high
+
+
+def in_powers(count: Expr, most: int, emit: Callable[[Expr, int], None]) -> None:
+    """``emit(first, size)`` for the parts of ``count``: ``most``, a power of two, then smaller."""
+    with T.serial(T.floordiv(count, most)) as part:
+        emit(part * most, most)
+    size = most
+    while size > 1:
+        done = T.floordiv(count, size) * size
+        size //= 2
+        with when(T.floormod(T.floordiv(count, size), 2) != 0):
+            emit(done, size)
 
 
 @contextmanager

@@ -59,6 +59,35 @@ class Epilogue:
         """``y[m, n : n + lanes]`` from ``acc``, int32 sums of code * q."""
         self._store(m, n, acc - splat(self.qsum[m], lanes), lanes, self._rescaled)
 
+    def write_uniform(self, m: Expr, n: Expr, acc: Expr, scale: Expr, lanes: int) -> None:
+        """:meth:`write` of whole vectors whose rows share ``scale``, a float32 of ``rescaling``."""
+        whole = T.cast(acc - splat(self.qsum[m], lanes), typed("float32", lanes))
+        self._finish(m, n, whole * splat(scale, lanes), lanes)
+
+    def rescaling(self, m: Expr) -> Expr:
+        """``fl(w_scale / s)`` of weight row 0: one division instead of one a vector."""
+        return exact(self.w_scale[0] / self.s[m], 1)
+
+    def uniform(self, count: int, lanes: int) -> Expr:
+        """1 if weight rows 0 to ``count`` all exist and have one scale, else 0."""
+        found = local(1, "int32")
+        store(found, 0, T.int32(0), 1)
+        with when(self.rows >= count):
+            first = splat(T.reinterpret(self.w_scale[0], dtype="int32"), lanes)
+            differs = local(lanes, "int32")
+            store(differs, 0, const(0, "int32", lanes), lanes)
+            for n in range(0, count, lanes):
+                bits = T.reinterpret(load(self.w_scale, n, lanes), dtype=typed("int32", lanes))
+                change = T.bitwise_xor(bits, first)
+                store(differs, 0, T.bitwise_or(load(differs, 0, lanes), change), lanes)
+            total = local(1, "int32")
+            store(total, 0, T.int32(0), 1)
+            for i in range(lanes):
+                store(total, 0, T.bitwise_or(total[0], differs[i]), 1)
+            with when(total[0] == 0):
+                store(found, 0, T.int32(1), 1)
+        return found[0]
+
     def write_grouped(self, m: Expr, n: Expr, total: Expr, lanes: int) -> None:
         """``y[m, n : n + lanes]`` from the float32 sums of the groups."""
         self._store(m, n, total, lanes, self._unscaled)

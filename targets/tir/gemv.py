@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from bitcompile.targets.tir.codes import CODINGS, Coding
 from bitcompile.targets.tir.dsl import (
     Buffer,
     Expr,
     T,
     const,
+    in_powers,
     kernel,
     load,
     local,
@@ -23,7 +25,7 @@ from bitcompile.targets.tir.isa import MAX_FIELD, TILE, TILE_ROWS, Isa
 
 OPERANDS = (("w", "uint8*"), ("q", "int32*"))
 SIZES = (("tiles", "int32"), ("M", "int32"), ("KB", "int32"))
-"""16-row weight tiles, activation rows, 16-column blocks."""
+"""16-row weight tiles, activation rows, tiles along K."""
 
 
 class Accumulators:
@@ -33,19 +35,21 @@ class Accumulators:
     divided out once at the end.
     """
 
-    def __init__(self, isa: Isa, streams: int, batch: int) -> None:
+    def __init__(self, isa: Isa, streams: int, batch: int, chains: int = 1) -> None:
         self.isa = isa
         probe = const(0, "uint8", isa.bytes)
+        # Every layout has its fields at shifts that bit pairs have.
         self.shifts = sorted({isa.decode_field(probe, p, isa.bytes)[1] for p in range(MAX_FIELD)})
-        self.count = streams * batch * isa.groups * len(self.shifts)
+        self.chains = chains
+        self.count = chains * streams * batch * isa.groups * len(self.shifts)
         self.batch = batch
         self.acc = local(self.count * isa.acc_lanes, isa.acc_dtype)
         self.wide = local(self.count * isa.rows, "int32") if isa.flush_blocks else None
 
-    def _slot(self, stream: int, row: int, group: int, shift: int) -> int:
+    def _slot(self, stream: int, row: int, group: int, shift: int, chain: int) -> int:
         groups = self.isa.groups
         number = (stream * self.batch + row) * groups + group
-        return number * len(self.shifts) + self.shifts.index(shift)
+        return (number * len(self.shifts) + self.shifts.index(shift)) * self.chains + chain
 
     def clear(self, wide: bool = False) -> None:
         """Zero the accumulators, or their widened totals."""
@@ -57,10 +61,12 @@ class Accumulators:
         for i in range(self.count):
             store(buffer, i * lanes, const(0, dtype, lanes), lanes)
 
-    def add(self, stream: int, row: int, group: int, shift: int, w: Expr, a: Expr) -> None:
+    def add(
+        self, stream: int, row: int, group: int, shift: int, w: Expr, a: Expr, chain: int = 0
+    ) -> None:
         """Accumulate one dot product."""
         lanes = self.isa.acc_lanes
-        at = self._slot(stream, row, group, shift) * lanes
+        at = self._slot(stream, row, group, shift, chain) * lanes
         store(self.acc, at, self.isa.ternary_dot(load(self.acc, at, lanes), w, a), lanes)
 
     def flush(self) -> None:
@@ -75,29 +81,33 @@ class Accumulators:
         rows, lanes = self.isa.rows, self.isa.acc_lanes
         total = None
         for shift in self.shifts:
-            slot = self._slot(stream, row, group, shift)
-            part = (
-                load(self.wide, slot * rows, rows)
-                if self.wide is not None
-                else self.isa.widen(load(self.acc, slot * lanes, lanes))
-            )
+            part = None
+            for chain in range(self.chains):
+                slot = self._slot(stream, row, group, shift, chain)
+                one = (
+                    load(self.wide, slot * rows, rows)
+                    if self.wide is not None
+                    else self.isa.widen(load(self.acc, slot * lanes, lanes))
+                )
+                part = one if part is None else part + one
             if shift:
                 part = T.shift_right(part, const(shift, "int32", rows))
             total = part if total is None else total + part
         return total
 
 
-def gemv(isa: Isa, name: str, grouped: bool = False) -> Any:
+def gemv(isa: Isa, name: str, grouped: bool = False, coding: str = "i2") -> Any:
     """``void name(w, q, <epilogue>, tiles, M, KB[, G, group_blocks])``.
 
-    ``w``: uint8 tiles ``[tiles][KB][64]`` from the first of ``tiles`` 16-row tiles on; ``q``: int32
-    view of int8 activations ``[M, 16 KB]``. Any ``tiles``, ``M`` >= 1.
+    ``w``: uint8 tiles ``[tiles][KB][64]`` from the first of ``tiles`` 16-row tiles on, bytes of
+    ``CODINGS[coding]``; ``q``: int32 view of int8 activations ``[M, KB * columns of a tile]``. Any
+    ``tiles``, ``M`` >= 1.
     """
 
     def body(w: Buffer, q: Buffer, *rest: Any) -> None:
         out = Epilogue(*rest[: len(PARAMETERS)])
         tiles, M, *sizes = rest[len(PARAMETERS) :]
-        decode = _Decode(isa, w, q, out, *sizes)
+        decode = _Decode(isa, CODINGS[coding], w, q, out, *sizes)
         streams, batch = isa.gemv.streams, isa.gemv.batch
         with when(M == 1):
             with T.serial(T.floordiv(tiles, streams)) as several:
@@ -106,11 +116,7 @@ def gemv(isa: Isa, name: str, grouped: bool = False) -> Any:
                 with T.serial(T.floormod(tiles, streams)) as single:
                     decode.block(T.floordiv(tiles, streams) * streams + single, 0, 1, 1)
         with when(M > 1), T.serial(tiles) as tile:
-            with T.serial(T.floordiv(M, batch)) as rows:
-                decode.block(tile, rows * batch, 1, batch)
-            if batch > 1:
-                with T.serial(T.floormod(M, batch)) as row:
-                    decode.block(tile, T.floordiv(M, batch) * batch + row, 1, 1)
+            in_powers(M, batch, lambda m, size: decode.block(tile, m, 1, size))
 
     extra = GROUP_SIZES if grouped else ()
     return kernel(name, [*OPERANDS, *PARAMETERS, *SIZES, *extra], body)
@@ -121,6 +127,7 @@ class _Decode:
     """One kernel's operands; ``block`` emits the code of some tiles and activation rows."""
 
     isa: Isa
+    coding: Coding
     w: Buffer
     q: Buffer
     out: Epilogue
@@ -131,7 +138,10 @@ class _Decode:
 
     def block(self, tile: Expr, m: Expr, streams: int, batch: int) -> None:
         """``streams`` tiles from ``tile`` on times ``batch`` activation rows from ``m`` on."""
-        acc = Accumulators(self.isa, streams, batch)
+        most, chains = self.isa.gemv.batch, self.isa.gemv.chains
+        # Chains fill the registers that the missing rows leave.
+        chains = chains if batch * chains <= max(most, chains) else 1
+        acc = Accumulators(self.isa, streams, batch, chains)
         if self.G is None:
             self._span(acc, tile, m, streams, 0, self.KB)
             self._each(tile, m, streams, batch, lambda r, n, i: self.out.write(
@@ -165,33 +175,48 @@ class _Decode:
     def _span(
         self, acc: Accumulators, tile: Expr, m: Expr, streams: int, first: Expr, count: Expr
     ) -> None:
-        """Accumulate ``count`` 16-column blocks from ``first`` on, from zero."""
+        """Accumulate ``count`` tiles' columns from tile ``first`` on, from zero."""
         if self.isa.flush_blocks is None:
             acc.clear()
-            with T.serial(count) as kb:
-                self._step(acc, tile, m, streams, first + kb)
+            self._steps(acc, tile, m, streams, first, count)
             return
         acc.clear(wide=True)
-        span = self.isa.flush_blocks
+        # In units of the narrowest tile: five fields fill an accumulator faster than four.
+        span = self.isa.flush_blocks * MAX_FIELD // self.coding.quads
         with T.serial(T.floordiv(count + (span - 1), span)) as outer:
             acc.clear()
-            with T.serial(T.min(span, count - outer * span)) as inner:
-                self._step(acc, tile, m, streams, first + outer * span + inner)
+            start = first + outer * span
+            self._steps(acc, tile, m, streams, start, T.min(span, count - outer * span))
             acc.flush()
 
-    def _step(self, acc: Accumulators, tile: Expr, m: Expr, streams: int, kb: Expr) -> None:
-        isa = self.isa
+    def _steps(
+        self, acc: Accumulators, tile: Expr, m: Expr, streams: int, first: Expr, count: Expr
+    ) -> None:
+        """Blocks in turn; ``acc.chains`` of them a step, each with accumulators of its own."""
+        chains = acc.chains
+        with T.serial(T.floordiv(count, chains)) as step:
+            for chain in range(chains):
+                self._step(acc, tile, m, streams, first + step * chains + chain, chain)
+        if chains > 1:
+            with T.serial(T.floormod(count, chains)) as rest:
+                at = first + T.floordiv(count, chains) * chains + rest
+                self._step(acc, tile, m, streams, at, 0)
+
+    def _step(
+        self, acc: Accumulators, tile: Expr, m: Expr, streams: int, kb: Expr, chain: int
+    ) -> None:
+        isa, quads = self.isa, self.coding.quads
         for t in range(streams):
             base = ((tile + t) * self.KB + kb) * TILE
             if isa.gemv.prefetch_bytes:
                 prefetch(self.w, base + isa.gemv.prefetch_bytes, isa.gemv.prefetch_locality)
             for g in range(isa.groups):
                 v = load(self.w, base + g * isa.bytes, isa.bytes)
-                for p in range(MAX_FIELD):
-                    codes, shift = isa.decode_field(v, p, isa.bytes)
+                for p, (codes, shift) in enumerate(self.coding.in_place(isa, v)):
                     for r in range(acc.batch):
-                        a = isa.quad(self.q, (m + r) * (self.KB * 4) + kb * 4, p, isa.bytes)
-                        acc.add(t, r, g, shift, codes, a)
+                        at = (m + r) * (self.KB * quads) + kb * quads
+                        a = isa.quad(self.q, at, p, isa.bytes)
+                        acc.add(t, r, g, shift, codes, a, chain)
 
     def _each(
         self, tile: Expr, m: Expr, streams: int, batch: int,

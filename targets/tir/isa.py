@@ -48,37 +48,17 @@ def field_shifted(v: Expr, p: int, lanes: int) -> tuple[Expr, int]:
     return T.bitwise_and(moved, const(3, "uint8", lanes)), 0
 
 
-def dot4_generic(acc: Expr, w: Expr, a: Expr, lanes: int) -> Expr:
-    """``acc[i] + sum_j w[4 i + j] a[4 i + j]`` for uint8 w, int8 a, in vector operations alone.
-
-    Even and odd bytes are multiplied as 16-bit lanes (255 * 128 fits), and the two products of a
-    32-bit lane are added after sign extension.
-    """
-    half, quarter = lanes // 2, lanes // 4
-    w16 = T.reinterpret(w, dtype=typed("uint16", half))
-    a16 = T.reinterpret(a, dtype=typed("int16", half))
-    eight = const(8, "int16", half)
-    w_even = T.bitwise_and(w16, const(255, "uint16", half))
-    w_odd = T.shift_right(w16, const(8, "uint16", half))
-    a_even = T.shift_right(T.shift_left(a16, eight), eight)
-    a_odd = T.shift_right(a16, eight)
-    for w_part, a_part in ((w_even, a_even), (w_odd, a_odd)):
-        product = T.reinterpret(w_part, dtype=typed("int16", half)) * a_part
-        pair = T.reinterpret(product, dtype=typed("int32", quarter))
-        sixteen = const(16, "int32", quarter)
-        low = T.shift_right(T.shift_left(pair, sixteen), sixteen)
-        acc = acc + low + T.shift_right(pair, sixteen)
-    return acc
-
-
 @dataclass(frozen=True)
 class Gemv:
     """Parameters of the decode schedule."""
 
     streams: int = 1
     """16-row tiles walked at once for one activation row."""
+    chains: int = 1
+    """Tiles along K a step, each with accumulators of its own: hides the latency of a product."""
     batch: int = 4
-    """Activation rows that share one read of a tile when there are several."""
+    """Activation rows that share one read of a tile when there are several: a power of two, then
+    smaller ones."""
     prefetch_bytes: int = 16384
     prefetch_locality: int = 2
 
@@ -95,6 +75,15 @@ class Gemm:
     """16-column blocks of a panel, unpacked once for many activation rows."""
     quads: int = 1
     """4-column steps of the innermost loop's body."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """Parameters of the head's schedule: the register tile."""
+
+    rows: int = 2
+    """Activation rows: a power of two, then smaller ones."""
+    table_rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -117,18 +106,26 @@ class Isa:
     """``(v, p, lanes) -> (codes * 2**shift, shift)``."""
     flush_blocks: int | None
     """16-column blocks after which gemv accumulators must be widened; None for never."""
+    split_trits: Callable[[Expr, int], tuple[Expr, tuple[Expr, int]]] | None = None
+    """``(v, lanes)`` of layout t5 to four codes as bit pairs and ``(fifth code << shift, shift)``;
+    None: by arithmetic (``codes.split_trits``)."""
     features: tuple[str, ...] = ()
     """CPU features it needs, as named in ``custom_ops/csrc/cpu_*.c``."""
+    fused: bool = True
+    """Whether ``ternary_dot`` is one instruction, its addition included."""
     acc_parts: int = 1
     """Accumulator lanes of one weight row."""
     quad: Quad = broadcast_quad
     signed: bool = False
     """Whether ``dot4`` takes signed weights."""
+    word_dot: Dot | None = None
+    """``acc int32 + sums of 2 products`` of int16, where the head is faster with that."""
     matrix_dot: Dot | None = None
     """``acc int32 [2, 2] + w int8 [2, 8] . a int8 [2, 8]`` (acc[a][w]), where there is such an
     instruction: prefill then uses it."""
     gemv: Gemv = field(default_factory=Gemv)
     gemm: Gemm = field(default_factory=lambda: Gemm(rows=4, tiles=1, k_blocks=16))
+    head: Head = field(default_factory=Head)
 
     @property
     def rows(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,8 @@ class System:
     link: Link
     archive: Link | None = None
     """Makes the static library, for systems whose apps may want one."""
+    program: Link | None = None
+    """Makes a program, for systems whose artifacts may bring one."""
 
 
 def zig(arguments: Sequence[str]) -> None:
@@ -60,6 +62,13 @@ def link(
     )
 
 
+def _link_program(triple: str, objects: Sequence[Path], sources: Sequence[Path], out: Path) -> None:
+    """A program for Linux."""
+    files = [str(path) for path in (*sources, *objects)]
+    flags = ("-Wl,--as-needed", "-ldl", "-lpthread", "-o", str(out))
+    zig(["cc", "-target", triple, *GLUE_FLAGS, "-s", *files, *flags])
+
+
 def _compiled(triple: str, sources: Sequence[Path], folder: Path, *flags: str) -> list[Path]:
     """Objects of C sources, in a new folder; one call each, for zig drops all but the first."""
     folder.mkdir()
@@ -79,29 +88,56 @@ BIONIC = {
     "libdl.so": "dladdr dlopen dlsym",
 }
 """What plugins call of Android's C library; all are there from API level 23 on."""
+BIONIC_PROGRAMS = {
+    **BIONIC,
+    "libc.so": BIONIC["libc.so"]
+    + """ __libc_init clock_gettime exit fflush fputc fputs printf putchar puts
+        pthread_cond_broadcast pthread_cond_wait pthread_create setenv stdout strncmp strtod
+        strtoll""",
+}
+"""What programs call of it."""
+START = CSRC / "libc" / "start.c"
 PAGE = 16384
 """Segment alignment: Android 15 has devices with pages of 16 KiB."""
 
 
 def _link_android(triple: str, objects: Sequence[Path], sources: Sequence[Path], out: Path) -> None:
     """A shared library that needs Android's C library alone, linked against stand-ins for it."""
+    kind = ["-shared", "-soname", out.name, f"--version-script={CSRC / 'plugin.map'}"]
+    _link_bionic(triple, objects, sources, out, BIONIC, kind)
+
+
+def _link_android_program(
+    triple: str, objects: Sequence[Path], sources: Sequence[Path], out: Path
+) -> None:
+    """A program for Android."""
+    kind = ["-pie", "--dynamic-linker=/system/bin/linker64"]
+    _link_bionic(triple, objects, [*sources, START], out, BIONIC_PROGRAMS, kind)
+
+
+def _link_bionic(
+    triple: str,
+    objects: Sequence[Path],
+    sources: Sequence[Path],
+    out: Path,
+    symbols: Mapping[str, str],
+    kind: Sequence[str],
+) -> None:
     glue = _compiled(triple, sources, out.with_suffix(".glue"), *BARE)
     folder = out.with_suffix(".libc")
     folder.mkdir()
-    libc = [_stand_in(triple, folder, name) for name in BIONIC]
+    libc = [_stand_in(triple, folder, name, names.split()) for name, names in symbols.items()]
     zig(
-        ["ld.lld", "-shared", "-soname", out.name, "-o", str(out), "-s", "--no-undefined"]
+        ["ld.lld", *kind, "-o", str(out), "-s", "--no-undefined"]
         + ["-z", "now", "-z", "nodelete", "-z", "relro", "-z", "text"]
-        + ["-z", f"max-page-size={PAGE}"]
-        + ["--hash-style=both", "--build-id=sha1", f"--version-script={CSRC / 'plugin.map'}"]
+        + ["-z", f"max-page-size={PAGE}", "--hash-style=both", "--build-id=sha1"]
         + [str(path) for path in (*glue, *objects, "--as-needed", *libc)]
     )
 
 
-def _stand_in(triple: str, folder: Path, name: str) -> Path:
+def _stand_in(triple: str, folder: Path, name: str, symbols: Sequence[str]) -> Path:
     """An empty system library: the linker reads its name and symbols, a device has the real one."""
     source, library = folder / f"{name}.c", folder / name
-    symbols = BIONIC[name].split()
     source.write_text("".join(f"void {symbol}(void) {{}}\n" for symbol in symbols))
     quiet = ("-fno-builtin", "-Wno-everything", "-fvisibility=default")
     objects = _compiled(triple, [source], folder / f"{name}.objects", *quiet)
@@ -172,7 +208,7 @@ def _apple_triple(system: str) -> Callable[[str], str]:
     return lambda triple: f"arm64-apple-{system}{triple.partition('.')[2]}"
 
 
-LINUX = System(_gnu_triple, link, _archive())
-ANDROID = System(_gnu_triple, _link_android, _archive(*BARE))
+LINUX = System(_gnu_triple, link, _archive(), _link_program)
+ANDROID = System(_gnu_triple, _link_android, _archive(*BARE), _link_android_program)
 MACOS = System(_apple_triple("macosx"), _link_macos, _archive())
 IOS = System(_apple_triple("ios"), _link_ios)

@@ -6,17 +6,20 @@ once and kept in the user's cache under a hash of everything it was made from.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bitcompile.errors
+from bitcompile import packing
 from bitcompile.errors import ToolchainError
 from bitcompile.target import Kernel
 from bitcompile.targets.tir.linking import CSRC, LINUX, System
@@ -27,16 +30,19 @@ if TYPE_CHECKING:
 TIR = Path(__file__).parent
 GLUE = ("plugin.c", "checks.c")
 """The C sources of every plugin."""
+PROGRAMS = {"calibrate": ("calibrate.c", "host.c")}
+"""Programs that some plugins come with, and their C sources."""
 CPU_GLUE = "cpu.c"
 NEEDED_BYTES = 32 << 20
 """Free space a compilation may take."""
 
 
-GENERATORS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
+Generator = tuple[str, str, tuple[Any, ...]]
+"""Module, function, arguments after (isa, name)."""
+
+GENERATORS: dict[str, Generator] = {
     "quantize": ("rows", "quantize", ()),
     "norm_quantize": ("rows", "norm_quantize", ()),
-    "gemv": ("gemv", "gemv", ()),
-    "gemm": ("gemm", "gemm", ()),
     "gemv_grouped": ("gemv", "gemv", (True,)),
     "gemm_grouped": ("gemm", "gemm", (True,)),
     "group_sums": ("rows", "group_sums", ()),
@@ -51,7 +57,7 @@ GENERATORS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
     "read_roof": ("roof", "read_roof", ()),
     "dot_roof": ("roof", "dot_roof", ()),
 }
-"""Field of ``bc_variant`` (``kernels.h``): module, function, arguments after (isa, name)."""
+"""By field of ``bc_variant`` (``kernels.h``); with the products of :func:`generators`."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +70,29 @@ class DeviceCode:
     """C text that names the device (``bc_device``) and holds its kernels."""
     key: str
     """What the table depends on beside the project's sources."""
+    programs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Programs that come with the plugin, by name, and their C files."""
 
 
-def _generate(field: str, isa: Isa) -> Any:
-    module, function, arguments = GENERATORS[field]
+def coding(layout: str) -> str:
+    """The byte code of a layout, as :data:`bitcompile.targets.tir.codes.CODINGS` names it."""
+    return layout.split("_")[0]
+
+
+def generators(layouts: Sequence[str]) -> dict[str, Generator]:
+    """The kernels of a plugin that reads these layouts."""
+    products: dict[str, Generator] = {
+        f"{kind}[BC_{coding(id).upper()}]": (kind, kind, (False, coding(id)))
+        for id in layouts
+        for kind in ("gemv", "gemm")
+    }
+    return {**GENERATORS, **products}
+
+
+def _generate(made: Generator, isa: Isa, name: str) -> Any:
+    module, function, arguments = made
     generator = getattr(import_module(f"bitcompile.targets.tir.{module}"), function)
-    return generator(isa, symbol(field, isa.name), *arguments)
+    return generator(isa, name, *arguments)
 
 
 def _plain(field: str) -> str:
@@ -78,35 +101,48 @@ def _plain(field: str) -> str:
 
 
 def symbol(field: str, isa: str) -> str:
-    """C symbol of a kernel: ``bc_gemv_avx2``."""
+    """C symbol of a kernel: ``bc_gemv_i2_avx2``."""
     return f"bc_{_plain(field)}_{isa.replace('-', '_')}"
 
 
-def kernel_table(isas: Sequence[str]) -> tuple[Kernel, ...]:
+def kernel_table(isas: Sequence[str], layouts: Sequence[str]) -> tuple[Kernel, ...]:
     """The rows a plugin with these variants has."""
-    return tuple(
-        Kernel(_plain(field), isa, symbol(field, isa)) for isa in isas for field in GENERATORS
-    )
+    fields = generators(layouts)
+    return tuple(Kernel(_plain(field), isa, symbol(field, isa)) for isa in isas for field in fields)
 
 
-CPU_DEVICE = '#include "ops.h"\nconst Device *const bc_device = &bc_cpu_device;\n'
-"""The line that makes the CPU a plugin's device."""
+def device_source(layouts: Sequence[str], device: DeviceCode | None = None) -> str:
+    """``device.c``: the layouts that a plugin reads, and what runs its operators."""
+    lines = ['#include "ops.h"', *layouts_source(layouts)]
+    if device is None:
+        return "\n".join([*lines, "const Device *const bc_device = &bc_cpu_device;", ""])
+    return "\n".join([*lines, device.table()])
 
 
-def _table_source(isas: Sequence[Isa], layout: str) -> str:
+def layouts_source(layouts: Sequence[str]) -> list[str]:
+    """C text of ``bc_layouts``."""
+    rows = []
+    for tile in map(packing.layout, layouts):
+        sizes = f"{tile.tile_n}, {tile.tile_k}, {tile.tile_bytes}"
+        rows.append(f'  {{"{tile.id}", {sizes}, BC_{coding(tile.id).upper()}}},')
+    return ["const Layout bc_layouts[] = {", *rows, "  {0},", "};"]
+
+
+def _table_source(isas: Sequence[Isa], layouts: Sequence[str]) -> str:
     """``kernels.c``: declarations, the variants, best first, and what their schedules must meet."""
-    from bitcompile.packing import GROUP_SIZES
     from bitcompile.targets.tir.gemm import panel_bytes, partial_values
     from bitcompile.targets.tir.isa import TILE_ROWS
     from bitcompile.targets.tir.roof import peak_macs
 
+    widest = max(packing.GROUP_SIZES)
+    fields = generators(layouts)
     lines = ['#include "kernels.h"', ""]
     for isa in isas:
-        for field in GENERATORS:
+        for field in fields:
             kind = field.split("[")[0].rstrip("48")
             lines.append(f"bc_{kind}_fn {symbol(field, isa.name)};")
     asserts: list[str] = []
-    lines += ["", f'const char bc_layout[] = "{layout}";', "const bc_variant bc_variants[] = {"]
+    lines += ["", "const bc_variant bc_variants[] = {"]
     for isa in isas:
         values = {
             "isa": f'"{isa.name}"',
@@ -114,7 +150,7 @@ def _table_source(isas: Sequence[Isa], layout: str) -> str:
             "gemm_rows": isa.gemm.rows,
             "gemm_tiles": isa.gemm.tiles,
             "dot_roof_macs": peak_macs(isa),
-            **{field: symbol(field, isa.name) for field in GENERATORS},
+            **{field: symbol(field, isa.name) for field in fields},
         }
         lines.append("  {" + ", ".join(f".{name} = {value}" for name, value in values.items()))
         lines[-1] += "},"
@@ -123,7 +159,7 @@ def _table_source(isas: Sequence[Isa], layout: str) -> str:
             f"{panel_bytes(isa)} <= BC_MAX_PANEL": "panel",
             f"{partial_values(isa)} * BC_GEMM_BLOCKS <= BC_MAX_PARTIAL": "partial sums",
             f"{isa.gemm.rows} <= BC_ROW_PAD": "padding rows",
-            f"{isa.gemm.k_blocks * TILE_ROWS % max(GROUP_SIZES)} == 0": "whole groups of a panel",
+            f"{isa.gemm.k_blocks * TILE_ROWS % widest} == 0": "whole groups of a panel",
         }
         asserts += [f'_Static_assert({test}, "{isa.name}: {name}");' for test, name in fits.items()]
     lines += ["};", *asserts, f"const int bc_variant_count = {len(isas)};", ""]
@@ -145,7 +181,8 @@ def fingerprint(*parts: str, more: Sequence[Path] = ()) -> str:
     Raises ToolchainError if a compiler is not installed.
     """
     spine = Path(bitcompile.errors.__file__).parent
-    sources = [*sorted(TIR.rglob("*.*")), *sorted(CSRC.rglob("*.*")), spine / "numerics.py", *more]
+    sources = [*sorted(TIR.rglob("*.*")), *sorted(CSRC.rglob("*.*")), *more]
+    sources += [spine / name for name in ("numerics.py", "packing.py")]
     digest = hashlib.sha256()
     for path in sources:
         if path.is_file() and path.suffix != ".pyc":
@@ -163,24 +200,27 @@ def fingerprint(*parts: str, more: Sequence[Path] = ()) -> str:
 def build_plugin(
     isas: Callable[[], Sequence[Isa]],
     triple: str,
-    layout: str,
+    layouts: Sequence[str],
     library: str,
     cpu: str,
     system: System = LINUX,
     device: DeviceCode | None = None,
+    schedules: Mapping[str, Any] | None = None,
 ) -> Path:
     """The plugin, from the cache or freshly compiled; beside it a static library if there is one.
 
-    ``isas``: called only when it must be compiled (it imports TVM); ``cpu``: the C file that knows
-    the CPU's features; ``system``: whose triple it is; ``device``: what runs the operators instead
-    of the CPU. Without ``isas`` there are no CPU kernels in it. Raises ToolchainError if a compiler
-    is missing or fails.
+    ``isas``: called only when it must be compiled (it imports TVM); ``layouts``: ids of those it
+    reads; ``cpu``: the C file that knows the CPU's features; ``system``: whose triple it is;
+    ``device``: what runs the operators instead of the CPU; ``schedules``: presets that ``isas``
+    took. Without ``isas`` there are no CPU kernels in it. Raises ToolchainError if a compiler is
+    missing or fails.
     """
-    key = fingerprint(triple, layout, library, cpu, device.key if device else "")
+    tuned = json.dumps(schedules or {}, sort_keys=True)
+    key = fingerprint(triple, *layouts, library, cpu, tuned, device.key if device else "")
     return cached(
         key,
         library,
-        lambda path: _compile(isas(), triple, layout, CSRC / cpu, path, system, device),
+        lambda path: _compile(isas(), triple, layouts, CSRC / cpu, path, system, device),
     )
 
 
@@ -214,10 +254,16 @@ def _intact(path: Path) -> bool:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a library and the static one beside it."""
-    archive = static_library(path)
-    beside = archive.read_bytes() if archive != path and archive.exists() else b""
-    return hashlib.sha256(path.read_bytes() + beside).hexdigest()
+    """SHA-256 of a library and what was made with it."""
+    beside = [companion.read_bytes() for companion in _companions(path)]
+    return hashlib.sha256(b"".join([path.read_bytes(), *beside])).hexdigest()
+
+
+def _companions(path: Path) -> list[Path]:
+    """The static library and the programs that lie beside a library."""
+    names = (static_library(path).name, *PROGRAMS)
+    found = [path.with_name(name) for name in names if path.with_name(name) != path]
+    return [companion for companion in found if companion.exists()]
 
 
 def _require_space(folder: Path) -> None:
@@ -231,7 +277,7 @@ def _require_space(folder: Path) -> None:
 
 
 def compile_kernels(
-    isas: Sequence[Isa], layout: str, folder: Path, mtriple: str | None = None
+    isas: Sequence[Isa], layouts: Sequence[str], folder: Path, mtriple: str | None = None
 ) -> tuple[list[Path], Path]:
     """Write the kernels' object files and ``kernels.c``, their table, to ``folder``.
 
@@ -241,24 +287,28 @@ def compile_kernels(
 
     objects = []
     for isa in isas:
-        functions = {symbol(field, isa.name): _generate(field, isa) for field in GENERATORS}
+        functions = {
+            name: _generate(made, isa, name)
+            for field, made in generators(layouts).items()
+            for name in [symbol(field, isa.name)]
+        }
         objects.append(folder / f"{isa.name}.o")
         compile_object(
             functions, {**isa.target, **({"mtriple": mtriple} if mtriple else {})}, objects[-1]
         )
     table = folder / "kernels.c"
-    table.write_text(_table_source(isas, layout))
+    table.write_text(_table_source(isas, layouts))
     return objects, table
 
 
 def _compile(
     isas: Sequence[Isa],
     triple: str,
-    layout: str,
+    layouts: Sequence[str],
     cpu: Path,
     path: Path,
     system: System,
-    device: DeviceCode | None,
+    device: DeviceCode | None = None,
 ) -> None:
     """Compile and link into a temporary folder, then move the results to ``path``'s."""
     path.parent.mkdir(exist_ok=True)
@@ -267,27 +317,29 @@ def _compile(
         objects: list[Path] = []
         sources = [CSRC / name for name in (*GLUE, *(device.sources if device else ()))]
         if isas:
-            objects, table = compile_kernels(isas, layout, work, system.llvm_triple(triple))
+            objects, table = compile_kernels(isas, layouts, work, system.llvm_triple(triple))
             sources += [CSRC / CPU_GLUE, cpu, table]
         sources.append(work / "device.c")
-        sources[-1].write_text(device.table() if device else CPU_DEVICE)
+        sources[-1].write_text(device_source(layouts, device))
         made = work / path.name
         system.link(triple, objects, sources, made)
         if system.archive is not None:
             system.archive(triple, objects, sources, static_library(made))
+        for name, files in (device.programs if device else {}).items():
+            assert system.program is not None
+            system.program(triple, [], [CSRC / file for file in files], made.with_name(name))
         keep(made, path)
 
 
 def keep(made: Path, path: Path) -> None:
-    """Move a library, and the static one beside it, into their place in the cache.
+    """Move a library, and what was made with it, into their place in the cache.
 
     Two builds may meet here: each leaves a whole library, and both are the same program.
     """
     digest = made.with_name("sha256")
     digest.write_text(_digest(made), "ascii")
-    archive = static_library(made)
-    if archive != made and archive.exists():
-        os.replace(archive, static_library(path))
+    for companion in _companions(made):
+        os.replace(companion, path.with_name(companion.name))
     os.replace(digest, _hash_file(path))
     os.replace(made, path)
 

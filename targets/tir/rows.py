@@ -209,22 +209,23 @@ def norm_quantize(isa: Isa, name: str) -> Any:
 
 
 def glu(isa: Isa, name: str, activation: str) -> Any:
-    """``void name(both, hidden, M, F)``: ``hidden = act(both[:, :F]) * both[:, F:]``."""
-    gate = GATES[activation]
+    """``void name(gate, up, hidden, M, F, ld, ld_hidden)``: ``hidden = act(gate) * up``.
 
-    def body(both: Buffer, hidden: Buffer, M: Expr, F: Expr) -> None:
+    ``gate``, ``up``: float32 ``[M, F]``, rows ``ld`` apart; ``hidden``: rows ``ld_hidden`` apart.
+    """
+    act = GATES[activation]
+
+    def body(gate: Buffer, up: Buffer, hidden: Buffer, M: Expr, F: Expr, ld: Expr,
+             ld_hidden: Expr) -> None:  # fmt: skip
         with T.serial(M) as m:
 
             def each(k: Expr, lanes: int) -> None:
-                g = load(both, m * (2 * F) + k, lanes)
-                up = load(both, m * (2 * F) + F + k, lanes)
+                g = load(gate, m * ld + k, lanes)
                 # A vector's arithmetic has no branches: NaN and Inf run through.
-                store(hidden, m * F + k, exact(gate(CPU, g, lanes), lanes) * up, lanes)
+                value = exact(act(CPU, g, lanes), lanes) * load(up, m * ld + k, lanes)
+                store(hidden, m * ld_hidden + k, value, lanes)
 
             vectors_and_tail(F, each)
 
-    return kernel(
-        name,
-        [("both", "float32*"), ("hidden", "float32*"), ("M", "int32"), ("F", "int32")],
-        body,
-    )
+    pointers = [(n, "float32*") for n in ("gate", "up", "hidden")]
+    return kernel(name, pointers + [(n, "int32") for n in ("M", "F", "ld", "ld_hidden")], body)

@@ -11,9 +11,6 @@ from tvm.tirx import Shuffle
 from bitcompile.targets.tir.dsl import Buffer, Expr, T, const, load, local, store
 from bitcompile.targets.tir.isa import Isa
 
-QUADS = 4
-"""4-column steps of a 16-column block."""
-
 
 class RegisterTile(Protocol):
     """``gemm.rows`` activation rows times ``vectors`` weight vectors."""
@@ -23,15 +20,15 @@ class RegisterTile(Protocol):
         """Weight vectors, of ``isa.rows`` weight rows each."""
 
     def unpack(self, kb: Expr, v: int, codes: Sequence[Expr]) -> None:
-        """Put the codes of weight vector ``v`` into the panel, for 16-column block ``kb`` of it.
+        """Put the codes of weight vector ``v`` into the panel, for tile ``kb`` along its columns.
 
         ``codes[p]``: uint8, 4 columns from ``4 p`` on for each weight row.
         """
 
     def multiply(self, m: Expr, first: Expr, offset: Expr, count: Expr) -> Buffer:
-        """Accumulators of ``count`` blocks from ``offset`` in the panel on.
+        """Accumulators of ``count`` tiles along the columns, from ``offset`` in the panel on.
 
-        ``m``: the first activation row; ``first``: 16-column block where the panel begins.
+        ``m``: the first activation row; ``first``: the tile where the panel begins.
         """
 
     def total(self, acc: Buffer, r: int, v: int) -> Expr:
@@ -43,6 +40,8 @@ class DotTile:
     """Dot products of 4 columns; ``panel[k4][vector][isa.bytes]``."""
 
     isa: Isa
+    quads: int
+    """4-column steps of a weight tile."""
     panel: Buffer
     q: Buffer
     KB: Expr
@@ -54,20 +53,21 @@ class DotTile:
 
     def unpack(self, kb: Expr, v: int, codes: Sequence[Expr]) -> None:  # noqa: D102
         for p, code in enumerate(codes):
-            vector = (kb * QUADS + p) * self.vectors + v
+            vector = (kb * self.quads + p) * self.vectors + v
             store(self.panel, vector * self.isa.bytes, code, self.isa.bytes)
 
     def multiply(self, m: Expr, first: Expr, offset: Expr, count: Expr) -> Buffer:  # noqa: D102
-        isa = self.isa
-        lanes, rows, quads = isa.acc_lanes, isa.gemm.rows, isa.gemm.quads
+        isa, rows, lanes = self.isa, self.isa.gemm.rows, self.isa.acc_lanes
+        # As many steps a body as divide those of a tile.
+        several = isa.gemm.quads if self.quads % isa.gemm.quads == 0 else 1
         acc = local(rows * self.vectors * lanes, isa.acc_dtype)
         for i in range(rows * self.vectors):
             store(acc, i * lanes, const(0, isa.acc_dtype, lanes), lanes)
-        with T.serial(count * (QUADS // quads)) as step:
-            k4 = offset * QUADS + step * quads
-            for p in range(quads):
+        with T.serial(count * (self.quads // several)) as step:
+            k4 = offset * self.quads + step * several
+            for p in range(several):
                 for r in range(rows):
-                    row = (m + r) * (self.KB * QUADS) + first * QUADS
+                    row = (m + r) * (self.KB * self.quads) + first * self.quads
                     a = isa.quad(self.q, row + k4, p, isa.bytes)
                     for v in range(self.vectors):
                         at = (r * self.vectors + v) * lanes
@@ -81,12 +81,14 @@ class DotTile:
 
 
 HALVES = 2
-"""8-column steps of a 16-column block; and rows of a matrix product's operand."""
+"""8-column steps of a 16-column tile; and rows of a matrix product's operand."""
+QUADS = 2 * HALVES
+"""4-column steps of a 16-column tile."""
 
 
 @dataclass(frozen=True)
 class MatrixTile:
-    """Products of 2 rows with 2 rows over 8 columns, for 16-byte vectors.
+    """Products of 2 rows with 2 rows over 8 columns, for 16-byte vectors and 16-column tiles.
 
     ``panel[k8][vector][pair][16]``: columns 0..7 of one weight row, then of the next. An
     accumulator holds the sums of activation rows (2i, 2i + 1) with the weight rows of a pair.
@@ -151,7 +153,8 @@ def _shuffled(low: Expr, high: Expr, order: Sequence[int], dtype: str) -> Expr:
     return lanes if dtype == "int32x4" else T.reinterpret(lanes, dtype=dtype)
 
 
-def register_tile(isa: Isa, panel: Buffer, q: Buffer, KB: Expr) -> RegisterTile:
-    """The register tile an instruction set has."""
-    kind = DotTile if isa.matrix_dot is None else MatrixTile
-    return kind(isa, panel, q, KB)
+def register_tile(isa: Isa, quads: int, panel: Buffer, q: Buffer, KB: Expr) -> RegisterTile:
+    """The register tile an instruction set has for weight tiles of ``4 quads`` columns."""
+    if isa.matrix_dot is not None and quads == QUADS:
+        return MatrixTile(isa, panel, q, KB)
+    return DotTile(isa, quads, panel, q, KB)

@@ -127,12 +127,14 @@ def loops(field: str, isa: str) -> list[Loop]:
 
 def decode_loop(isa: str) -> Loop:
     """Weights times one activation row; the rare widening of NEON's sums is left out."""
-    return max((x for x in loops("gemv", isa) if x.macs == x.weights), key=lambda x: x.weights)
+    return max(
+        (x for x in loops("gemv[BC_I2]", isa) if x.macs == x.weights), key=lambda x: x.weights
+    )
 
 
 def prefill_loop(isa: str) -> Loop:
     """One step of the register tile."""
-    return max(loops("gemm", isa), key=lambda x: x.macs)
+    return max(loops("gemm[BC_I2]", isa), key=lambda x: x.macs)
 
 
 def cycles_per_64_weights(core: Core, isa: str) -> float:

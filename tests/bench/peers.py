@@ -28,8 +28,9 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from bitcompile.opset import DOMAIN, IR_VERSION, ONNX_OPSET
-from bitcompile.packing import CPU_TILE
+from bitcompile.packing import CPU_TILE, T5_TILE, Layout
 from bitcompile.targets import resolve
+from tests.bench.fill import valid_bytes
 
 MICROSOFT = "com.microsoft"
 HIDDEN, FFN, QKV, LAYERS = 2560, 6912, 3840, 30
@@ -90,15 +91,19 @@ Linear = Callable[[Writer, str, str, int, int], str]
 """``(writer, input, name, N, K)``: append one matrix product, return its output."""
 
 
-def bitcompile_i2(w: Writer, x: str, name: str, N: int, K: int) -> str:
-    """BitLinear in the CPU layout."""
-    valid = np.array([b for b in range(256) if all((b >> s) & 3 < 3 for s in (0, 2, 4, 6))])
-    codes = valid.astype(np.uint8)[w.rng.integers(0, 81, CPU_TILE.shape(N, K), np.uint8)]
-    weight = w.external(f"{name}.w", codes, TensorProto.UINT8)
-    scale = w.small(f"{name}.s", np.full((N, 1), 0.02, np.float32))
-    none = w.small(f"{name}.none", np.float32(0))
-    attributes = {"N": N, "K": K, "layout": CPU_TILE.id}
-    return w.node("BitLinear", [x, weight, scale, none, none], DOMAIN, **attributes)
+def bitcompile(tile: Layout) -> Linear:
+    """BitLinear in a CPU layout."""
+
+    def linear(w: Writer, x: str, name: str, N: int, K: int) -> str:
+        valid = valid_bytes(tile.id)
+        codes = valid[w.rng.integers(0, len(valid), tile.shape(N, K), np.uint8)]
+        weight = w.external(f"{name}.w", codes, TensorProto.UINT8)
+        scale = w.small(f"{name}.s", np.full((N, 1), 0.02, np.float32))
+        none = w.small(f"{name}.none", np.float32(0))
+        attributes = {"N": N, "K": K, "layout": tile.id}
+        return w.node("BitLinear", [x, weight, scale, none, none], DOMAIN, **attributes)
+
+    return linear
 
 
 def matmul_nbits(bits: int) -> Linear:
@@ -123,7 +128,8 @@ def dynamic_int8(w: Writer, x: str, name: str, N: int, K: int) -> str:
 
 
 ENGINES: dict[str, Linear] = {
-    "bitcompile i2": bitcompile_i2,
+    "bitcompile i2": bitcompile(CPU_TILE),
+    "bitcompile t5": bitcompile(T5_TILE),
     "MatMulNBits bits=2": matmul_nbits(2),
     "MatMulNBits bits=4": matmul_nbits(4),
     "DynamicQuantizeMatMul int8": dynamic_int8,
@@ -153,6 +159,44 @@ def single(path: Path, linear: Linear, N: int, K: int, count: int) -> Path:
     for i in range(1, count):
         total = w.node("Add", [total, linear(w, "x", str(i), N, K)])
     return w.save("x", K, total)
+
+
+class Torch:
+    """A stack of the same products in torch, with the interface of a session: ``run(None, {x})``.
+
+    ``bfloat16`` linear layers, or float32 ones whose activations are quantised to int8 at run time
+    (``quantize_dynamic``, a scale a tensor).
+    """
+
+    def __init__(self, kind: str, layers: int, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._torch, self._bfloat16 = torch, kind == "bf16"
+        shapes = ((QKV, HIDDEN), (HIDDEN, HIDDEN), (FFN, HIDDEN), (FFN, HIDDEN), (HIDDEN, FFN))
+        torch.manual_seed(0)
+        self._layers = [[self._linear(N, K) for N, K in shapes] for _ in range(layers)]
+
+    def _linear(self, N: int, K: int) -> Any:
+        torch = self._torch
+        made = torch.nn.Linear(K, N, bias=False)
+        if self._bfloat16:
+            return made.to(torch.bfloat16)
+        kinds = {torch.nn.Linear}
+        return torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(made), kinds, torch.qint8)
+
+    def run(self, _: None, feeds: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """The stack of :func:`stack`, once."""
+        x = self._torch.from_numpy(feeds["x"])
+        x = x.to(self._torch.bfloat16) if self._bfloat16 else x
+        with self._torch.inference_mode():
+            for qkv, o, gate, up, down in self._layers:
+                x = o(qkv(x)[:, :HIDDEN])
+                x = self._torch.tanh(down(gate(x) * up(x)))
+        return [x.float().numpy()]
+
+
+TORCH = ("bf16", "int8")
 
 
 def session(path: Path, threads: int) -> onnxruntime.InferenceSession:
@@ -200,6 +244,8 @@ def measure_stacks(folder: Path, arguments: argparse.Namespace) -> None:
         sessions[name] = session(
             path if path.exists() else stack(path, linear, arguments.layers), arguments.threads
         )
+    for kind in TORCH if arguments.torch else ():
+        sessions[f"torch {kind}"] = Torch(kind, arguments.layers, arguments.threads)
     for M in (1, arguments.prefill):
         print(f"{M} tokens at once, tokens/s, and time relative to the first row")
         seconds = interleaved(sessions, M, HIDDEN, arguments.repeat, 8 if M == 1 else 1)
@@ -238,6 +284,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--ops", action="store_true", help="single operators instead of stacks")
+    parser.add_argument("--torch", action="store_true", help="also torch, bf16 (4 GB) and int8")
     parser.add_argument("--command", action="append", default=[], metavar="NAME=COMMAND")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)

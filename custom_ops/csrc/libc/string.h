@@ -10,6 +10,7 @@ size_t strlen(const char *text);
 char *strstr(const char *text, const char *part);
 char *strrchr(const char *text, int character);
 int strcmp(const char *a, const char *b);
+int strncmp(const char *a, const char *b, size_t count);
 char *strchr(const char *text, int character);
 
 #endif

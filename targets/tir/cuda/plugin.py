@@ -12,7 +12,7 @@ from bitcompile.packing import CUDA_TILE
 from bitcompile.target import Kernel
 from bitcompile.targets.tir.cuda.compiler import IMAGES, Image, compile_image, compiler_version
 from bitcompile.targets.tir.linking import CSRC, link
-from bitcompile.targets.tir.plugin import cached, fingerprint, keep
+from bitcompile.targets.tir.plugin import cached, fingerprint, keep, layouts_source
 
 HERE = Path(__file__).parent
 GLUE = ("plugin.c", "checks.c", "cuda.c", "cuda_launch.c")
@@ -70,7 +70,7 @@ def write_sources(folder: Path, images: Mapping[Image, bytes]) -> list[Path]:
         '#include "cuda_launch.h"',
         '#include "ops.h"',
         "const Device *const bc_device = &bc_cuda_device;",
-        f'const char bc_layout[] = "{CUDA_TILE.id}";',
+        *layouts_source([CUDA_TILE.id]),
     ]
     names = ", ".join(f'"{kernel.name}"' for kernel in KERNELS)
     table.append(f"const char *const bc_kernel_names[BC_CUDA_KERNELS] = {{{names}}};")

@@ -177,17 +177,23 @@ class _Product:
                        lambda r, kb: (block + r) * chunk_words + (kb - first) * FIELDS)  # fmt: skip
 
     def _join_slices(self, acc: Buffer) -> None:
-        """Slice 0 gets the sums of all."""
+        """Slice 0 gets the sums of all, by halving; the others get what nobody reads."""
         lanes, cells = self.cut.lanes, len(self._cells)
         parts = shared(self.cut.slices * lanes * cells, "int32")
         mine = (self._slice * lanes + self.item[0]) * cells
         for i in range(cells):
             T.buffer_store(parts, acc[i], [mine + i])
+        half = self.cut.slices // 2
         barrier()
-        for other in range(1, self.cut.slices):
-            for i in range(cells):
-                part = parts[(other * lanes + self.item[0]) * cells + i]
-                T.buffer_store(acc, acc[i] + part, [i])
+        while half:
+            with when(self._slice < half):
+                for i in range(cells):
+                    other = parts[mine + half * lanes * cells + i]
+                    T.buffer_store(parts, parts[mine + i] + other, [mine + i])
+            barrier()
+            half //= 2
+        for i in range(cells):
+            T.buffer_store(acc, parts[mine + i], [i])
 
     def _rescaled(self, m: Expr, n: Expr, acc: Expr) -> Expr:
         scale = kept(divide(self.w_scale[n], self.s[m]))

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bitcompile.packing import CPU_TILE
 from bitcompile.target import Kernel
 from bitcompile.targets.tir.opencl.schedule import Schedule, Schedules
-from bitcompile.targets.tir.plugin import DeviceCode
+from bitcompile.targets.tir.plugin import PROGRAMS, DeviceCode
 
 SOURCES = ("opencl.c", "opencl_driver.c")
 OFFLOADS = ("auto", "prefill", "all", "none")
@@ -45,7 +44,8 @@ def device_code(target: str, schedules: Schedules, offload: str, cpu: bool) -> D
     ``cpu``: there are CPU kernels in the plugin, for what the device is not given or cannot do.
     """
     key = f"opencl {target} {schedules} {offload} {cpu}"
-    return DeviceCode(SOURCES, lambda: _table(target, schedules, offload, cpu), key)
+    programs = PROGRAMS if cpu else {}  # without the CPU's kernels there is nothing to choose
+    return DeviceCode(SOURCES, lambda: _table(target, schedules, offload, cpu), key, programs)
 
 
 def _products(schedules: Schedules) -> Iterator[tuple[str, _Made]]:
@@ -103,7 +103,6 @@ def _table(target: str, schedules: Schedules, offload: str, cpu: bool) -> str:
     lines.append("const Device *const bc_device = &bc_opencl_device;")
     lines.append(f"const Device *const bc_cl_cpu = {'&bc_cpu_device' if cpu else 'NULL'};")
     lines.append(f"bc_open_fn *const bc_cl_cpu_open = {'bc_cpu_open' if cpu else 'NULL'};")
-    lines.append(f'const char bc_cl_layout[] = "{CPU_TILE.id}";')
     lines.append(f'const char bc_cl_target[] = "{target}";')
     lines.append(f'const char bc_cl_offload[] = "{offload}";')
     lines.append("const bc_cl_kernel bc_cl_kernels[CLK_KERNELS] = {")

@@ -21,7 +21,8 @@ class Schedule:
     batch: int = 1
     """Activation rows of a work-item."""
     slices: int = 1
-    """Work-items that share weight rows, each with a part of K; joined in local memory."""
+    """Work-items that share weight rows, each with a part of K; joined in local memory. A power of
+    two."""
     blocks: int = 1
     """Work-items with different activation rows."""
     stage: int = 0

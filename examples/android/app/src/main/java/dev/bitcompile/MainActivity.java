@@ -3,6 +3,7 @@ package dev.bitcompile;
 import android.app.Activity;
 import android.content.Context;
 import android.os.Bundle;
+import android.system.Os;
 import android.view.View;
 import android.widget.Button;
 import android.widget.EditText;
@@ -117,6 +118,9 @@ public final class MainActivity extends Activity {
         };
     ArtifactFiles.install(assets, folder);
     tokenizer = new ByteLevelTokenizer(new File(folder, "tokenizer.json"));
+    // Read by plugins with GPU kernels: where compiled ones may lie. BITCOMPILE_OFFLOAD is the other
+    // variable to set here, where `calibrate` was run on phones like this one.
+    Os.setenv("BITCOMPILE_CACHE", getCodeCacheDir().getPath(), true);
     File plugin = new File(getApplicationInfo().nativeLibraryDir, PLUGIN);
     model = new BitcompileModel(folder, plugin, CAPACITY, BigCores.count());
   }

@@ -1,0 +1,67 @@
+"""Schedules that ``bitcompile tune`` found, by CPU: shipped ones, and those of this machine's user.
+
+A file is ``{cpu: {isa: {"gemv": {...}, "gemm": {...}}}}`` with the fields of ``isa.Gemv`` and
+``isa.Gemm``; ``cpu`` is ``machine.cpu_model()``. Schedules never change results.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitcompile.errors import InputError
+from bitcompile.targets.machine import cpu_model
+
+if TYPE_CHECKING:
+    from bitcompile.targets.tir.isa import Isa
+
+SHIPPED = Path(__file__).parents[1] / "presets.json"
+NAME = "presets.json"
+
+Presets = dict[str, dict[str, dict[str, Any]]]
+"""Of one CPU: isa to its schedules."""
+
+
+def read(path: Path) -> Presets:
+    """A presets file, empty if there is none; raises InputError for a damaged one."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} ({error}): delete it and tune again") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is no presets file: delete it and tune again")
+    return found
+
+
+def for_this_cpu(own: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Schedules by instruction set: the shipped ones, then those in ``own`` over them."""
+    cpu = cpu_model()
+    return {**read(SHIPPED).get(cpu, {}), **read(own).get(cpu, {})}
+
+
+def tuned(isas: Iterable[Isa], presets: Mapping[str, Mapping[str, Any]]) -> tuple[Isa, ...]:
+    """``isas`` with their schedules; raises InputError for a field that a schedule has not."""
+    made = []
+    for isa in isas:
+        found = presets.get(isa.name, {})
+        try:
+            schedules = {
+                k: replace(getattr(isa, k), **found[k]) for k in ("gemv", "gemm") if k in found
+            }
+        except TypeError as error:
+            raise InputError(f"presets of {isa.name}: {error}: tune again") from None
+        made.append(replace(isa, **schedules))
+    return tuple(made)
+
+
+def remember(path: Path, cpu: str, isa: str, schedules: Mapping[str, Any]) -> None:
+    """Put the schedules of one instruction set of one CPU into a file."""
+    held = read(path)
+    held.setdefault(cpu, {})[isa] = dict(schedules)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(held, indent=2, sort_keys=True) + "\n", "utf-8")
