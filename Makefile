@@ -28,7 +28,7 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror custom_ops/csrc/*.[ch] examples/c/*.[ch] tests/desktop/*.c tests/device/*.c tests/gpu/*.c
+	$(BIN)/clang-format --dry-run --Werror custom_ops/csrc/*.[ch] examples/c/*.[ch] tests/*.c tests/desktop/*.c tests/device/*.c tests/gpu/*.c
 	rm -rf build/typecheck
 	$(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
 	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p bitcompile
@@ -36,7 +36,7 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i custom_ops/csrc/*.[ch] examples/c/*.[ch] tests/desktop/*.c tests/device/*.c tests/gpu/*.c
+	$(BIN)/clang-format -i custom_ops/csrc/*.[ch] examples/c/*.[ch] tests/*.c tests/desktop/*.c tests/device/*.c tests/gpu/*.c
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)

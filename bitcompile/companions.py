@@ -32,9 +32,8 @@ def genai_config(language: LanguageModel, library: str, device: str = "cpu") -> 
     if pad is not None:
         ids["pad_token_id"] = pad
     # Threads are not fixed here: the artifact runs on machines of any size.
-    session: dict[str, Any] = {"provider_options": []}
-    if device in PROVIDERS:
-        session["provider_options"].append({PROVIDERS[device][0]: {}})
+    options: list[dict[str, Any]] = [{PROVIDERS[device][0]: {}}] if device in PROVIDERS else []
+    session: dict[str, Any] = {"provider_options": options}
     if PurePath(library).suffix != ".a":
         session["custom_ops_library"] = library
     return {

@@ -48,7 +48,6 @@ CUDA = Target(
     can_run_here=_can_run_here,
     can_build_here=_can_build_here,
     activations="float16",
-    heads=("float",),
+    heads=("float", "q8", "q4"),
     verified=False,
-    grouped=False,
 )

@@ -37,7 +37,7 @@ def build(folder: Path) -> tuple[Path, Path]:
     plugin, kernels = folder / "libbitcompile_sanitized.so", folder / "libkernels.so"
     device = folder / "device.c"
     device.write_text(device_source(LAYOUTS))
-    glue = [*(CSRC / name for name in (*GLUE, CPU_GLUE, CPU)), device]
+    glue = [*(CSRC / name for name in (*GLUE, *CPU_GLUE, CPU)), device]
     shared = ["gcc", "-std=c11", "-O1", "-g", "-fPIC", "-shared", "-Wall", "-Werror", f"-I{CSRC}"]
     script = f"-Wl,--version-script={CSRC / 'plugin.map'}"
     subprocess.run([*shared, *SANITIZERS, script, *glue, table, *objects, "-o", plugin], check=True)

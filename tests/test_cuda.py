@@ -14,14 +14,12 @@ import onnxruntime
 import pytest
 
 import bitcompile
-from bitcompile import lower, passing
+from bitcompile import numerics
 from bitcompile.artifact import Artifact
-from bitcompile.errors import ToolchainError, UsageError
+from bitcompile.errors import ToolchainError
 from bitcompile.packing import CUDA_TILE, PackedTernary
-from bitcompile.passes import pipeline
 from bitcompile.targets import TARGETS
 from bitcompile.verification import empty_caches, step, verify
-from tests.graphs import Decoder, decoder
 from tests.tools import cuda_compiler
 
 MODEL = Path(__file__).parents[1] / "examples" / "docs-bitnet-25m"
@@ -172,21 +170,53 @@ def test_types_follow_the_activations(artifact: Artifact, tmp_path: Path) -> Non
     assert "Type Error" not in done.stderr
 
 
-def test_group_scaled_weights_are_refused_in_one_line() -> None:
-    model = decoder(Decoder(hidden=64, ffn=96, vocab=64, context=32, heads=4, kv_heads=2))
-    passing.run(model, pipeline(passing.Options("float")))
-    for node in model.graph:
-        if node.domain == "bitcompile":
-            node.attributes["group_size"] = ir.AttrInt64("group_size", 32)
-    with pytest.raises(UsageError, match="has kernels for a scale per row only"):
-        lower.lower(model, TARGETS["cuda"])
+def test_group_scaled_weights_are_packed_for_it() -> None:
+    """A scale a group keeps its shape in tiles, which is what ``bc_grouped`` reads."""
+    scale = np.arange(18 * 5, dtype=np.float32).reshape(18, 5) + 1
+    stored = CUDA_TILE.encode_scale(scale, 32)
+    assert stored.shape == CUDA_TILE.scale_shape(18, 160, 32) == (2, 5, 16)
+    assert stored[1, 3, 1] == scale[17, 3]
+    assert TARGETS["cuda"].grouped
 
 
-def test_a_quantised_head_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_head_lane_gathers_what_the_reference_does(bits: int) -> None:
+    """``bc_head`` on the CPU, with codes as ``bc_codes`` makes them."""
+    rng = np.random.default_rng(bits)
+    K, block, parts = 300, 128, 8 // bits
+    B, per_block = 3, 128 * bits // 512
+    codes = rng.integers(0, 256, (5, B, block * bits // 8)).astype(np.uint8)
+    scale = rng.random((5, B, 1)).astype(np.float32)
+    x = rng.standard_normal((1, K)).astype(np.float32)
+    q, s = numerics.quantize_head_activations(x)
+    q = np.pad(q[0], (0, B * block - K)).reshape(-1, 64, parts)  # [chunk, byte, part]
+    table = codes.reshape(5, -1, 64).astype(np.int64)
+    fields = [(table ^ 128) - 256 * ((table ^ 128) > 127)]
+    if bits == 4:
+        nibbles = (((table << 4) & 0xF0) ^ 128, (table & 0xF0) ^ 128)
+        fields = [field - 256 * (field > 127) for field in nibbles]
+    sums = np.zeros((5, 16), np.float32)
+    for b in range(B):
+        acc = np.zeros((5, 16), np.int64)
+        for chunk in range(b * per_block, (b + 1) * per_block):
+            for part, field in enumerate(fields):
+                products = field[:, chunk] * q[chunk, :, part]
+                acc += products.reshape(5, 16, 4).sum(axis=2)
+        acc >>= 4 if bits == 4 else 0
+        sums = sums + scale[:, b] * acc.astype(np.float32)
+    for half in (8, 4, 2, 1):
+        sums = sums[:, :half] + sums[:, half:]
+    y = sums[:, 0] * (np.float32(1) / s[0])
+    np.testing.assert_array_equal(y, numerics.head_matmul(x, codes, scale, bits)[0])
+
+
+def test_a_quantised_head_can_be_chosen(tmp_path: Path) -> None:
     cuda_compiler()
-    with pytest.raises(UsageError, match="no kernels for head q8; choose one of float"):
-        bitcompile.build(MODEL, "cuda", out=tmp_path / "out", head="q8")
-    assert not any(tmp_path.iterdir())
+    made = bitcompile.build(MODEL, "cuda", out=tmp_path / "out", head="q4")
+    model = ir.load(made.model)
+    (head,) = [node for node in model.graph if node.op_type == "HeadLinear"]
+    assert head.inputs[0].dtype == ir.DataType.FLOAT16
+    verify(made, plugin=False)  # raises where a function is wrong
 
 
 def test_the_compiler_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,14 @@
 
 #include "kernels.h"
 #include "ops.h"
+#include "threads.h"
 
 enum {
   TILE_ROWS = 16, /* weight rows and bytes of a tile, in every CPU layout */
   TILE_BYTES = 64,
   GROUP_COLUMNS = 16, /* columns of a tile where weights have group scales */
   DECODE_ROWS = 8,    /* up to here a gemv, above a gemm */
+  GATED_TILES = 32,   /* most tiles of gate rows, and of up rows, that a decode task multiplies */
   ALIGN = 64,
 };
 
@@ -65,8 +67,8 @@ static void close_scratch(const Kernel *k, Scratch *scratch) {
 /* ---- work on the runtime's threads ----------------------------------------------------------- */
 
 /* Runs task(job, i) for i < count: here if there is one, else on the intra-op pool. */
-static BcStatus *parallel(const Kernel *k, BcContext *context, void (*task)(void *, size_t),
-                          int64_t count, void *job) {
+static BcStatus *parallel(const Kernel *k, BcContext *context, bc_task_fn *task, int64_t count,
+                          void *job) {
   if (count == 1) {
     task(job, 0);
     return NULL;
@@ -94,6 +96,7 @@ static Rows take_rows(const Kernel *k, Scratch *scratch, int64_t M, int64_t K) {
   rows.q = take(scratch, (M + BC_ROW_PAD) * rows.Kp);
   rows.s = take(scratch, (M + BC_ROW_PAD) * 4);
   rows.qsum = take(scratch, (M + BC_ROW_PAD) * rows.G * 4);
+  if (M <= DECODE_ROWS) return rows;
   /* A gemm multiplies the rows that fill its register tile and drops the results. */
   memset(rows.q + M * rows.Kp, 0, (size_t)(BC_ROW_PAD * rows.Kp));
   memset(rows.s + M, 0, BC_ROW_PAD * 4);
@@ -132,10 +135,15 @@ static void row_task(void *opaque, size_t i) {
     j->v->group_sums(q, qsum, count, Kp, (int32_t)j->to.G, (int32_t)j->to.group_blocks);
 }
 
-static BcStatus *run_rows(const Kernel *k, BcContext *context, RowJob *job) {
+static Phase rows_phase(const Kernel *k, RowJob *job) {
   job->v = variant(k);
   job->step = bc_ceil_div(1 << 14, job->K); /* ~16k values a task: microseconds */
-  return parallel(k, context, row_task, bc_ceil_div(job->M, job->step), job);
+  return (Phase){.task = row_task, .job = job, .count = bc_ceil_div(job->M, job->step)};
+}
+
+static BcStatus *run_rows(const Kernel *k, BcContext *context, RowJob *job) {
+  Phase phase = rows_phase(k, job);
+  return parallel(k, context, phase.task, phase.count, job);
 }
 
 typedef struct MatmulJob {
@@ -164,14 +172,40 @@ static const float *at(const float *p, int64_t offset) { return p ? p + offset :
       (j)->bias != NULL, (j)->residual != NULL, (int32_t)(tiles), (int32_t)(M), (int32_t)(j)->KB
 #define GROUPS(j) (int32_t)(j)->from.G, (int32_t)(j)->from.group_blocks
 
-static void gemv_task(void *opaque, size_t i) {
-  MatmulJob *j = opaque;
-  int64_t tile = (int64_t)i * j->step, n = tile * TILE_ROWS;
-  int64_t tiles = bc_min64(j->step, bc_ceil_div(j->N, TILE_ROWS) - tile);
+/* Up to `rows` weight rows from n on, for all activation rows, into y. */
+static void gemv_tiles(const MatmulJob *j, int64_t n, int64_t rows, float *y, int64_t ldy) {
+  int64_t tiles = bc_min64(j->step, bc_ceil_div(rows, TILE_ROWS));
   if (j->from.group_blocks)
-    j->v->gemv_grouped(PRODUCT(j, n, j->N - n, 0, tiles, j->M, j->y + n, j->ldy), GROUPS(j));
+    j->v->gemv_grouped(PRODUCT(j, n, rows, 0, tiles, j->M, y, ldy), GROUPS(j));
   else
-    j->v->gemv[j->coding](PRODUCT(j, n, j->N - n, 0, tiles, j->M, j->y + n, j->ldy));
+    j->v->gemv[j->coding](PRODUCT(j, n, rows, 0, tiles, j->M, y, ldy));
+}
+
+static void gemv_task(void *opaque, size_t i) {
+  _Alignas(ALIGN) float both[2 * GATED_TILES * TILE_ROWS * DECODE_ROWS];
+  MatmulJob *j = opaque;
+  int64_t n = (int64_t)i * j->step * TILE_ROWS, rows = j->N - n;
+  if (!j->glu) {
+    gemv_tiles(j, n, rows, j->y + n, j->ldy);
+    return;
+  }
+  int64_t width = j->step * TILE_ROWS, ld = 2 * width;
+  gemv_tiles(j, n, rows, both, ld);
+  gemv_tiles(j, j->N + n, rows, both + width, ld);
+  j->glu(both, both + width, j->y + n, (int32_t)j->M, (int32_t)bc_min64(width, rows), (int32_t)ld,
+         (int32_t)j->ldy);
+}
+
+/* Weights of a task, line by line. */
+static const void *weights_ahead(const void *opaque, int64_t task, int64_t i) {
+  const MatmulJob *j = opaque;
+  int64_t lines = j->step * j->KB, tile = task * j->step;
+  if (i >= lines) {
+    if (!j->glu || i >= 2 * lines) return NULL;
+    i -= lines;
+    tile += j->N / TILE_ROWS;
+  }
+  return j->w + (tile * j->KB + i) * TILE_BYTES;
 }
 
 /* One panel, up to `rows` weight rows from n on, for M activation rows from m on, into y. */
@@ -205,17 +239,28 @@ static void gemm_task(void *opaque, size_t i) {
          (int32_t)j->ldy);
 }
 
-static BcStatus *run_matmul(const Kernel *k, BcContext *context, MatmulJob *job) {
-  int64_t tiles = bc_ceil_div(job->N, TILE_ROWS);
+static int64_t prepare(const Kernel *k, MatmulJob *job) {
   job->v = variant(k);
   job->coding = k->layout->coding;
   job->KB = job->from.Kp / k->layout->tile_columns;
   job->ldy = job->N;
-  if (job->M <= DECODE_ROWS) {
-    /* An even number of tiles, for kernels that walk two, and some 128 KiB of weights a task. */
-    job->step = bc_ceil_div(1 << 17, 2 * job->KB * TILE_BYTES) * 2;
-    return parallel(k, context, gemv_task, bc_ceil_div(tiles, job->step), job);
-  }
+  return bc_ceil_div(job->N, TILE_ROWS);
+}
+
+static Phase gemv_phase(const Kernel *k, MatmulJob *job) {
+  int64_t tiles = prepare(k, job), line = job->KB * TILE_BYTES * (job->glu ? 2 : 1);
+  /* An even number of tiles, for kernels that walk two, and some 64 KiB of weights a task. */
+  int64_t step = bc_max64(bc_ceil_div(1 << 16, 2 * line), bc_ceil_div(tiles, 2 * BC_MOST_TASKS));
+  job->step = 2 * step;
+  if (job->glu) job->step = bc_min64(job->step, GATED_TILES);
+  return (Phase){.task = gemv_task,
+                 .job = job,
+                 .count = bc_ceil_div(tiles, job->step),
+                 .ahead = weights_ahead};
+}
+
+static BcStatus *run_gemm(const Kernel *k, BcContext *context, MatmulJob *job) {
+  int64_t tiles = prepare(k, job);
   job->step = job->v->gemm_tiles;
   job->m_step = (int64_t)job->v->gemm_rows * BC_GEMM_BLOCKS;
   job->columns = bc_ceil_div(tiles, job->step);
@@ -242,8 +287,14 @@ static BcStatus *compute_linear(const Kernel *k, BcContext *context) {
                       .y = (float *)n.y.data,
                       .M = n.M,
                       .N = k->N};
-  BcStatus *status = run_rows(k, context, &rows);
-  if (!status) status = run_matmul(k, context, &matmul);
+  BcStatus *status;
+  if (n.M <= DECODE_ROWS) {
+    Phase phases[] = {rows_phase(k, &rows), gemv_phase(k, &matmul)};
+    status = bc_run_phases(k, context, phases, 2);
+  } else {
+    status = run_rows(k, context, &rows);
+    if (!status) status = run_gemm(k, context, &matmul);
+  }
   close_scratch(k, &scratch);
   return status;
 }
@@ -259,10 +310,10 @@ static BcStatus *compute_bit_glu(const Kernel *k, BcContext *context) {
   const Tensor *in = n.in;
   int64_t M = n.M;
   int64_t most = bc_min64(M, PASS_ROWS);
-  /* A prefill multiplies gate and up together, where up begins with a tile; `unfused`: the most
-   * rows of a pass that does not. */
-  int fusable = k->F % TILE_ROWS == 0;
-  int64_t unfused = fusable ? bc_min64(most, DECODE_ROWS) : most;
+  /* Gate and up rows are multiplied together where up begins with a tile; else they lie side by
+   * side in `both`. */
+  int fuse = k->F % TILE_ROWS == 0 && k->F <= GATED_TILES * TILE_ROWS * BC_MOST_TASKS;
+  int64_t unfused = fuse ? 0 : most;
   int64_t bytes = rows_bytes(k, most, k->K) + rows_bytes(k, most, k->F);
   bytes += padded((most + 2 * unfused) * k->F * 4);
   TRY(open_scratch(k, context, bytes, &scratch));
@@ -272,7 +323,6 @@ static BcStatus *compute_bit_glu(const Kernel *k, BcContext *context) {
   BcStatus *status = NULL;
   for (int64_t m = 0; m < M && !status; m += most) {
     int64_t count = bc_min64(most, M - m);
-    int fuse = fusable && count > DECODE_ROWS;
     RowJob norm = {.x = (const float *)in[0].data + m * k->K,
                    .gamma = in[1].data,
                    .to = outer,
@@ -302,10 +352,16 @@ static BcStatus *compute_bit_glu(const Kernel *k, BcContext *context) {
                       .y = (float *)n.y.data + m * k->N,
                       .M = count,
                       .N = k->N};
+    if (count <= DECODE_ROWS) {
+      Phase phases[] = {rows_phase(k, &norm), gemv_phase(k, &gate_up), rows_phase(k, &gate),
+                        gemv_phase(k, &down)};
+      status = bc_run_phases(k, context, phases, 4);
+      continue;
+    }
     status = run_rows(k, context, &norm);
-    if (!status) status = run_matmul(k, context, &gate_up);
+    if (!status) status = run_gemm(k, context, &gate_up);
     if (!status) status = run_rows(k, context, &gate);
-    if (!status) status = run_matmul(k, context, &down);
+    if (!status) status = run_gemm(k, context, &down);
   }
   close_scratch(k, &scratch);
   return status;

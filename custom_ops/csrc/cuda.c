@@ -3,7 +3,8 @@
 #include "cuda_launch.h"
 #include "ops.h"
 
-enum { PASS_ROWS = 2048, ALIGN = 256 }; /* rows of one pass of BitGLU, which bounds its memory */
+/* Rows of one pass of BitGLU, and of a head, which bound their memory. */
+enum { PASS_ROWS = 2048, HEAD_ROWS = 1024, ALIGN = 256 };
 
 typedef struct Run { /* one call */
   const bc_gpu *gpu;
@@ -63,6 +64,7 @@ static BcStatus *compute_linear(const Kernel *k, BcContext *context) {
   TRY(bc_read_inputs(k, context, in));
   const Tensor *rest = &in[1 + k->spec->has_norm];
   bc_linear job = {.K = (int32_t)k->K, .N = (int32_t)k->N, .eps = k->eps};
+  job.group_size = (int32_t)k->group_size;
   job.gate_in = job.gate_out = BC_NO_GATE;
   job.type_x = job.type_y = k->type;
   job.early = fixed(k, ((1u << (k->spec->inputs - 1)) - 1) & ~k->spec->typed_inputs);
@@ -97,6 +99,7 @@ static Glu plan(const Kernel *k, const bc_gpu *gpu, const Tensor *in, int64_t M)
   up.N = down.K = (int32_t)k->F;
   down.N = (int32_t)k->N;
   up.eps = down.eps = k->eps;
+  up.group_size = down.group_size = (int32_t)k->group_size;
   up.type_x = down.type_y = k->type;
   up.type_y = down.type_x = BC_FLOAT;
   up.gate_in = down.gate_out = BC_NO_GATE;
@@ -147,6 +150,39 @@ static BcStatus *compute_bit_glu(const Kernel *k, BcContext *context) {
   return finish(k, &run, result);
 }
 
+/* HeadLinear(x, table, scale) */
+static BcStatus *compute_head(const Kernel *k, BcContext *context) {
+  Tensor in[MAX_INPUTS], y;
+  Run run;
+  int64_t M, B = bc_ceil_div(k->K, k->block);
+  int64_t table_shape[] = {k->N, B, k->block * k->bits / 8}, scale_shape[] = {k->N, B, 1};
+  TRY(bc_read_inputs(k, context, in));
+  TRY(bc_expect(k, "table", &in[1], 3, table_shape));
+  TRY(bc_expect(k, "scale", &in[2], 3, scale_shape));
+  TRY(bc_open_rows(k, context, &in[0], k->K, k->N, &y, &M));
+  if (M == 0) return NULL;
+  TRY(start(k, context, &run));
+  int64_t most = bc_min64(M, bc_min64(HEAD_ROWS, INT32_MAX / k->N)); /* offsets are int32 */
+  bc_table job = {.table = in[1].data,
+                  .scale = in[2].data,
+                  .M = (int32_t)most,
+                  .V = (int32_t)k->N,
+                  .K = (int32_t)k->K,
+                  .type_x = k->type,
+                  .bits = (int32_t)k->bits,
+                  .block = (int32_t)k->block,
+                  .early = fixed(k, 6)};
+  TRY(allocate(k, context, bc_cuda_head_scratch(&job), &run));
+  int result = 0;
+  for (int64_t m = 0; m < M && !result; m += most) {
+    job.M = (int32_t)bc_min64(most, M - m);
+    job.x = row(k, in[0].data, m * k->K);
+    job.y = (float *)y.data + m * k->N;
+    result = bc_cuda_head(run.gpu, run.stream, &job, run.scratch);
+  }
+  return finish(k, &run, result);
+}
+
 static BcStatus *open_cuda(const BcApi *api, const void **state) {
   const char *error = bc_cuda_open();
   *state = NULL;
@@ -160,5 +196,5 @@ const Device bc_cuda_device = {
     .types = types,
     .remote = 1,
     .open = open_cuda,
-    .compute = {compute_linear, compute_linear, compute_bit_glu},
+    .compute = {compute_linear, compute_linear, compute_bit_glu, compute_head},
 };

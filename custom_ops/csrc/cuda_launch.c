@@ -15,9 +15,9 @@ enum {
   GEMM_TOKENS = 128,
   MOST_TOKENS = 256, /* of any tile: activations are padded to it */
   ALIGN = 256,
-  BLOCK_UNITS = 6 * BC_DECODE_WARPS,
   MOST_STEP = 8, /* a thread of the block stores one row */
   MIN_MAJOR = 8,
+  FLOAT = 1, /* ONNX element type */
 };
 
 /* ---- the driver ------------------------------------------------------------------------------ */
@@ -128,7 +128,7 @@ static const char *prepare(bc_gpu *gpu) {
   gpu->image = choose_image(gpu);
   if ((result = cuda.cuLibraryLoadData(&library, gpu->image->data, NULL, NULL, 0, NULL, NULL, 0)))
     return bc_cuda_error(result);
-  for (int i = 0; i < BC_CUDA_KERNELS; i++) {
+  for (int i = 0; i < bc_kernel_count; i++) {
     if (cuda.cuLibraryGetKernel(&gpu->kernel[i], library, bc_kernel_names[i])) {
       gpu->kernel[i] = NULL;
       continue;
@@ -173,38 +173,56 @@ static int32_t least(int64_t a, int64_t b) { return (int32_t)(a < b ? a : b); }
 static int32_t units_of(const bc_linear *job) { return (int32_t)ceil_div(job->K, UNIT_COLUMNS); }
 static int32_t pairs_of(const bc_linear *job) { return job->gate_out >= 0 ? 2 : 1; }
 
-/* Row tiles of a decode block. Where kernels overlap, some six units a warp, but no more than two
- * blocks for five multiprocessors need: the next kernel's blocks load their weights beside them
- * (measured on an H100). Else a block for each multiprocessor. */
+/* Row tiles of a block, for few tokens. Where kernels overlap, few blocks are best, all the more
+ * with long float32 rows, which every block reads: three for five multiprocessors, and half of that
+ * (measured on an H100). Else one for each. */
 static int32_t step_of(const bc_gpu *gpu, const bc_linear *job) {
   if (job->step) return job->step;
   int64_t tiles = ceil_div(job->N, TILE_ROWS), most = MOST_STEP / pairs_of(job);
-  if (!job->early || gpu->major < 9) return least(ceil_div(tiles, gpu->processors), most);
-  int64_t fits = BLOCK_UNITS / ((int64_t)units_of(job) * pairs_of(job));
-  int32_t step = least(least(ceil_div(5 * tiles, 2 * gpu->processors), fits), most);
-  return step < 1 ? 1 : step;
+  int64_t blocks = gpu->processors;
+  int early = job->early && gpu->major >= 9;
+  if (early)
+    blocks = job->gate_out >= 0 ? blocks * 5 / 3 : blocks * 5 / (job->type_x == FLOAT ? 16 : 8);
+  return least(ceil_div(tiles, blocks), most);
 }
 
-enum { FUSED = -1 };
-
-static int64_t decode_shared(const bc_gpu *gpu, const bc_linear *job, int kind) {
-  int64_t words = (int64_t)units_of(job) * UNIT_COLUMNS / 4, tokens = kind == FUSED ? 1 : kind;
+static int64_t decode_shared(const bc_gpu *gpu, const bc_linear *job, int tokens) {
+  int64_t words = (int64_t)units_of(job) * UNIT_COLUMNS / 4;
   int64_t slots = (int64_t)step_of(gpu, job) * pairs_of(job) * TILE_ROWS;
-  int64_t row = kind == FUSED ? 4 * (ceil_div(words, 128) * 128 + words) : 0;
-  return 4 * ((words + BC_DECODE_ROW_PAD + slots) * tokens + slots + row);
+  return 4 * ((words + BC_DECODE_ROW_PAD + slots) * tokens + slots);
+}
+
+/* Units of weights that a warp of the fused kernel has under way. */
+static int32_t fused_held(const bc_gpu *gpu, const bc_linear *job) {
+  int64_t teams = BC_FUSED_WARPS / pairs_of(job);
+  return least(ceil_div((int64_t)step_of(gpu, job) * units_of(job), teams), BC_FUSED_AHEAD);
+}
+
+static int64_t fused_shared(const bc_gpu *gpu, const bc_linear *job) {
+  int64_t filled = ceil_div(job->K, 512) * 512;
+  int64_t slots = (int64_t)step_of(gpu, job) * pairs_of(job) * TILE_ROWS;
+  return (int64_t)fused_held(gpu, job) * BC_FUSED_WARPS * 512 + 4 * (2 * filled + 2 * slots);
 }
 
 static int aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
 
-/* The decode kernel for a job: FUSED, or its tokens; 0 if it takes a gemm. */
+enum { FUSED = -1 };
+
+static int64_t gemv_shared(const bc_linear *job) {
+  return (int64_t)units_of(job) * UNIT_COLUMNS + 4 * TILE_ROWS;
+}
+
+/* How a job with few tokens is done: FUSED, or its tokens; 0 if it takes a gemm. */
 static int decode_kind(const bc_gpu *gpu, const bc_linear *job) {
-  static const int kinds[] = {1, 8, 16};
   int64_t room = gpu->shared_limit - 1024;
-  int alone = job->M == 1 && job->gate_in < 0 && !job->quantised;
-  if (alone && aligned(job->x) && aligned(job->gamma) && decode_shared(gpu, job, FUSED) <= room)
+  if (job->group_size) return 0;
+  int alone = job->M == 1 && job->gate_in < 0 && !job->quantised && !job->split;
+  if (alone && job->K % 4 == 0 && job->K <= BC_FUSED_LONGEST && aligned(job->x) &&
+      aligned(job->gamma) && fused_shared(gpu, job) <= room)
     return FUSED;
-  for (int i = 0; i < 3; i++)
-    if (job->M <= kinds[i] && decode_shared(gpu, job, kinds[i]) <= room) return kinds[i];
+  if (job->M == 1 && job->gate_out < 0 && job->K <= BC_GEMV_LONGEST) return 1;
+  for (int tokens = 8; tokens <= 16; tokens += 8)
+    if (job->M <= tokens && decode_shared(gpu, job, tokens) <= room) return tokens;
   return 0;
 }
 
@@ -224,15 +242,20 @@ static int32_t groups_of(int64_t M) {
   return (int32_t)(ceil_div(M, tile) * (tile / TOKENS));
 }
 
+static int64_t bytes_of_tokens(const bc_linear *job) {
+  int64_t units = (int64_t)units_of(job) * groups_of(job->M);
+  /* The last tile of tokens may reach beyond. */
+  return padded((units + (job->M > 2 * TOKENS ? MOST_TOKENS / TOKENS : 0)) * TOKEN_UNIT);
+}
+
 int64_t bc_cuda_linear_scratch(const bc_gpu *gpu, const bc_linear *job) {
   if (decode_kind(gpu, job) == FUSED) return 0;
-  int64_t q = (int64_t)units_of(job) * groups_of(job->M) * TOKEN_UNIT;
-  return padded(q) + 2 * padded((int64_t)job->M * 4);
+  return bytes_of_tokens(job) + 2 * padded((int64_t)job->M * 4);
 }
 
 static Tokens take_tokens(const bc_linear *job, void *scratch) {
   Tokens t = {.q = scratch, .groups = groups_of(job->M)};
-  t.s = (float *)(t.q + padded((int64_t)units_of(job) * t.groups * TOKEN_UNIT));
+  t.s = (float *)(t.q + bytes_of_tokens(job));
   t.qsum = (int32_t *)((char *)t.s + padded((int64_t)job->M * 4));
   return t;
 }
@@ -246,22 +269,78 @@ static int quantise(const bc_gpu *gpu, void *stream, const bc_linear *job, const
                     .K = job->K,
                     .Kp = units_of(job) * UNIT_COLUMNS,
                     .token_groups = to->groups,
+                    .unit_bytes = decode_kind(gpu, job) == 1 ? UNIT_COLUMNS : TOKEN_UNIT,
                     .type = job->type_x,
                     .has_norm = job->gamma != NULL,
                     .activation = job->gate_in,
                     .eps = job->eps};
   int64_t room = 4 * (ceil_div(job->K, 512) * 512 + (job->gate_in >= 0 ? BC_ROWS_PART : 0));
   int fast = job->K <= BC_ROWS_LONGEST && job->K % 4 == 0 && aligned(job->x) && aligned(job->gamma);
-  return launch(gpu, stream, fast ? BC_CUDA_ROWS : BC_CUDA_ANY_ROWS, job->M, 1, BC_ROWS_THREADS,
+  return launch(gpu, stream, fast ? BC_ROWS : BC_ANY_ROWS, job->M, 1, BC_ROWS_THREADS,
                 fast ? room : 0, (void *[])BC_ROWS_ARGS(a), job->early);
 }
 
-static int decode(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from,
-                  int kind) {
+static const struct Fused {
+  int kernel, turns, wide, gate;
+} fused_ways[] = {BC_FUSED_WAYS};
+
+static int fused(const bc_gpu *gpu, void *stream, const bc_linear *job) {
+  const struct Fused *way = fused_ways;
+  while (way->turns * BC_FUSED_TURN < job->K || way->wide != (job->type_x == FLOAT) ||
+         way->gate != (job->gate_out >= 0))
+    way++;
   int32_t tiles = (int32_t)ceil_div(job->N, TILE_ROWS), step = step_of(gpu, job);
-  bc_decode_args a = {.x = job->x,
-                      .gamma = job->gamma,
-                      .q = from->q,
+  bc_fused_args a = {.x = job->x,
+                     .gamma = job->gamma,
+                     .w = job->w,
+                     .w_scale = job->w_scale,
+                     .bias = job->bias,
+                     .residual = job->residual,
+                     .y = job->y,
+                     .N = job->N,
+                     .K = job->K,
+                     .units = units_of(job),
+                     .tiles = tiles,
+                     .step = step,
+                     .held = fused_held(gpu, job),
+                     .type_x = job->type_x,
+                     .type_y = job->type_y,
+                     .has_norm = job->gamma != NULL,
+                     .has_bias = job->bias != NULL,
+                     .has_residual = job->residual != NULL,
+                     .activation = job->gate_out,
+                     .eps = job->eps};
+  return launch(gpu, stream, way->kernel, ceil_div(tiles, step), 1, BC_FUSED_WARPS * 32,
+                fused_shared(gpu, job), (void *[])BC_FUSED_ARGS(a), job->early);
+}
+
+static int gemv(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from) {
+  static const int kernels[2][2] = {{BC_GEMV, BC_GEMV_EXTRAS},
+                                    {BC_GEMV_EARLY, BC_GEMV_EARLY_EXTRAS}};
+  int32_t units = units_of(job), warps = (int32_t)ceil_div(units, BC_GEMV_AHEAD);
+  bc_gemv_args a = {.q = from->q,
+                    .s = from->s,
+                    .qsum = from->qsum,
+                    .w = job->w,
+                    .w_scale = job->w_scale,
+                    .bias = job->bias,
+                    .residual = job->residual,
+                    .y = job->y,
+                    .N = job->N,
+                    .units = units,
+                    .warps = warps,
+                    .type_y = job->type_y,
+                    .has_bias = job->bias != NULL,
+                    .has_residual = job->residual != NULL};
+  int kernel = kernels[job->early && gpu->major >= 9][job->bias || job->residual];
+  return launch(gpu, stream, kernel, ceil_div(job->N, TILE_ROWS), 1, (warps + 1) * 32,
+                gemv_shared(job), (void *[])BC_GEMV_ARGS(a), job->early);
+}
+
+static int decode(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from,
+                  int tokens) {
+  int32_t tiles = (int32_t)ceil_div(job->N, TILE_ROWS), step = step_of(gpu, job);
+  bc_decode_args a = {.q = from->q,
                       .s = from->s,
                       .qsum = from->qsum,
                       .w = job->w,
@@ -271,94 +350,180 @@ static int decode(const bc_gpu *gpu, void *stream, const bc_linear *job, const T
                       .y = job->y,
                       .M = job->M,
                       .N = job->N,
-                      .K = job->K,
                       .units = units_of(job),
                       .token_groups = from->groups,
                       .tiles = tiles,
                       .step = step,
                       .pairs = pairs_of(job),
-                      .type_x = job->type_x,
                       .type_y = job->type_y,
-                      .has_norm = job->gamma != NULL,
                       .has_bias = job->bias != NULL,
                       .has_residual = job->residual != NULL,
-                      .activation = job->gate_out,
-                      .eps = job->eps};
-  int kernel = kind == FUSED ? BC_CUDA_FUSED
-               : kind == 1   ? BC_CUDA_DECODE1
-               : kind == 8   ? BC_CUDA_DECODE8
-                             : BC_CUDA_DECODE16;
-  return launch(gpu, stream, kernel, ceil_div(tiles, step), 1, BC_DECODE_WARPS * 32,
-                decode_shared(gpu, job, kind), (void *[])BC_DECODE_ARGS(a), job->early);
+                      .activation = job->gate_out};
+  return launch(gpu, stream, tokens == 8 ? BC_DECODE8 : BC_DECODE16, ceil_div(tiles, step), 1,
+                BC_DECODE_WARPS * 32, decode_shared(gpu, job, tokens), (void *[])BC_DECODE_ARGS(a),
+                job->early);
 }
 
-typedef struct Schedule { /* of a product with many tokens */
-  int kernel, tokens, threads, residents, stages, align;
-  double speed; /* relative to the best, of a full machine */
-} Schedule;
-static const Schedule mma = {BC_CUDA_GEMM, GEMM_TOKENS, BC_GEMM_THREADS, 2, BC_GEMM_STAGES, 0, 1.0};
-static const Schedule hopper[] = {
-    {BC_CUDA_WGMMA256, 256, BC_WGMMA_THREADS, 1, BC_WGMMA256_STAGES, 1024, 0.9},
-    {BC_CUDA_WGMMA128, 128, BC_WGMMA_THREADS, 2, BC_WGMMA128_STAGES, 1024, 1.0},
-    {BC_CUDA_WGMMA64, 64, BC_WGMMA_THREADS, 2, BC_WGMMA64_STAGES, 1024, 0.75},
-};
+typedef struct Tile { /* of a product with many tokens */
+  int kernel, tokens, threads, shared;
+} Tile;
+static const Tile mma = {BC_GEMM, GEMM_TOKENS, BC_GEMM_THREADS, 0};
+static const Tile hopper[] = {BC_TILES};
+enum { TILES = sizeof hopper / sizeof *hopper };
 
-/* The schedule whose waves of blocks cost least. */
-static const Schedule *choose_schedule(const bc_gpu *gpu, const bc_linear *job) {
-  const Schedule *best = &mma;
-  double least_cost = 0;
-  if (!gpu->kernel[BC_CUDA_WGMMA256] || job->tile == BC_MMA_TILE) return best;
-  for (size_t i = 0; i < sizeof hopper / sizeof *hopper; i++) {
-    const Schedule *h = &hopper[i];
-    int64_t blocks = ceil_div(job->N, BC_GEMM_ROWS) * ceil_div(job->M, h->tokens);
-    int64_t waves = ceil_div(blocks, (int64_t)gpu->processors * h->residents);
-    double cost = (double)(waves * h->residents * h->tokens) / h->speed;
-    if (job->tile == h->tokens) return h;
-    if (i && cost >= least_cost) continue;
-    best = h;
-    least_cost = cost;
+/* What a unit of a tile costs, about: 0.27 us and 2 ns a token (measured on an H100); and a tile
+ * and a launch, in units. */
+enum { UNIT_COST = 135, TILE_COST = 4, LAUNCH_COST = 6 };
+
+static int64_t cost_of(const bc_gpu *gpu, const bc_linear *job, const Tile *h, int64_t M) {
+  int64_t tiles = ceil_div(job->N, BC_GEMM_ROWS) * ceil_div(M, h->tokens);
+  int64_t turns = ceil_div(tiles, gpu->processors);
+  return (turns * (units_of(job) + TILE_COST) + LAUNCH_COST) * (UNIT_COST + h->tokens);
+}
+
+static const Tile *best_tile(const bc_gpu *gpu, const bc_linear *job, int64_t M, int64_t *cost) {
+  const Tile *best = NULL;
+  for (int i = 0; i < TILES; i++) {
+    int64_t own = cost_of(gpu, job, &hopper[i], M);
+    if (best && own >= *cost) continue;
+    best = &hopper[i];
+    *cost = own;
   }
   return best;
 }
 
+/* Tiles for the first *M tokens of a product and for the rest: whole turns of large tiles leave the
+ * multiprocessors together, and smaller ones share out what is left. */
+static const Tile *choose_tiles(const bc_gpu *gpu, const bc_linear *job, int64_t *M,
+                                const Tile **rest) {
+  int64_t least_cost, most = *M;
+  *rest = NULL;
+  if (!gpu->kernel[hopper[0].kernel] || job->tile == BC_MMA_TILE) return &mma;
+  if (job->tile > 0) return &hopper[job->tile - 1];
+  const Tile *best = best_tile(gpu, job, most, &least_cost), *first = &hopper[0];
+  int64_t blocks = ceil_div(job->N, BC_GEMM_ROWS), left_cost = 0;
+  int64_t turns = blocks * ceil_div(most, first->tokens) / gpu->processors;
+  int64_t whole = turns * gpu->processors / blocks * first->tokens;
+  if (!whole || whole >= most) return best;
+  const Tile *last = best_tile(gpu, job, most - whole, &left_cost);
+  if (cost_of(gpu, job, first, whole) + left_cost >= least_cost) return best;
+  *M = whole;
+  *rest = last;
+  return first;
+}
+
+static int multiply_part(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from,
+                         const Tile *h, int64_t first, int64_t M) {
+  int64_t blocks = ceil_div(job->N, BC_GEMM_ROWS), columns = ceil_div(M, h->tokens);
+  int64_t results = first * job->N * (job->type_y == FLOAT ? 4 : 2);
+  const char *residual = job->residual;
+  bc_gemm_args a = {
+      .q = from->q + first / TOKENS * TOKEN_UNIT,
+      .s = from->s + first,
+      .qsum = from->qsum + first,
+      .w = job->w,
+      .w_scale = job->w_scale,
+      .bias = job->bias,
+      .residual = residual ? residual + results : NULL,
+      .y = (char *)job->y + results,
+      .M = (int32_t)M,
+      .N = job->N,
+      .units = units_of(job),
+      .token_groups = from->groups,
+      .tiles = (int32_t)ceil_div(job->N, TILE_ROWS),
+      .blocks = (int32_t)blocks,
+      .type_y = job->type_y,
+      .has_bias = job->bias != NULL,
+      .has_residual = residual != NULL,
+      .direct = job->type_y != FLOAT && !residual && job->N % 8 == 0 && aligned(job->y)};
+  int64_t stages = (int64_t)BC_GEMM_STAGES * GEMM_TOKENS * UNIT_COLUMNS;
+  int64_t finished = (int64_t)GEMM_TOKENS * (BC_GEMM_ROWS + BC_GEMM_PAD) * 4;
+  void **arguments = (void *[])BC_GEMM_ARGS(a);
+  if (h == &mma)
+    return launch(gpu, stream, h->kernel, blocks, columns, h->threads,
+                  stages > finished ? stages : finished, arguments, job->early);
+  return launch(gpu, stream, h->kernel, least(blocks * columns, gpu->processors), 1, h->threads,
+                h->shared, arguments, job->early);
+}
+
 static int multiply(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from) {
-  const Schedule *h = choose_schedule(gpu, job);
-  bc_gemm_args a = {.q = from->q,
-                    .s = from->s,
-                    .qsum = from->qsum,
-                    .w = job->w,
-                    .w_scale = job->w_scale,
-                    .bias = job->bias,
-                    .residual = job->residual,
-                    .y = job->y,
-                    .M = job->M,
-                    .N = job->N,
-                    .units = units_of(job),
-                    .token_groups = from->groups,
-                    .tiles = (int32_t)ceil_div(job->N, TILE_ROWS),
-                    .type_y = job->type_y,
-                    .has_bias = job->bias != NULL,
-                    .has_residual = job->residual != NULL};
-  int64_t stages = (int64_t)h->stages * h->tokens * UNIT_COLUMNS;
-  int64_t finished = (int64_t)h->tokens * BC_GEMM_OUT_STRIDE * 4;
-  return launch(gpu, stream, h->kernel, ceil_div(job->N, BC_GEMM_ROWS), ceil_div(job->M, h->tokens),
-                h->threads, (stages > finished ? stages : finished) + h->align,
-                (void *[])BC_GEMM_ARGS(a), job->early);
+  int64_t M = job->M;
+  const Tile *rest, *tile = choose_tiles(gpu, job, &M, &rest);
+  int result = multiply_part(gpu, stream, job, from, tile, 0, M);
+  return result || !rest ? result : multiply_part(gpu, stream, job, from, rest, M, job->M - M);
+}
+
+static int multiply_groups(const bc_gpu *gpu, void *stream, const bc_linear *job,
+                           const Tokens *from) {
+  int64_t tiles = ceil_div(job->N, TILE_ROWS);
+  bc_grouped_args a = {.q = from->q,
+                       .s = from->s,
+                       .w = job->w,
+                       .w_scale = job->w_scale,
+                       .bias = job->bias,
+                       .residual = job->residual,
+                       .y = job->y,
+                       .M = job->M,
+                       .N = job->N,
+                       .units = units_of(job),
+                       .token_groups = from->groups,
+                       .tiles = (int32_t)tiles,
+                       .groups = (int32_t)ceil_div(job->K, job->group_size),
+                       .group_blocks = job->group_size / 16,
+                       .type_y = job->type_y,
+                       .has_bias = job->bias != NULL,
+                       .has_residual = job->residual != NULL};
+  return launch(gpu, stream, BC_GROUPED, ceil_div(tiles, BC_GROUPED_WARPS),
+                ceil_div(job->M, TOKENS), BC_GROUPED_WARPS * 32, 0, (void *[])BC_GROUPED_ARGS(a),
+                job->early);
 }
 
 int bc_cuda_linear(const bc_gpu *gpu, void *stream, const bc_linear *job, void *scratch) {
   int kind = decode_kind(gpu, job);
-  Tokens none = {0};
-  if (kind == FUSED) return decode(gpu, stream, job, &none, kind);
+  if (kind == FUSED) return fused(gpu, stream, job);
   Tokens quantised = take_tokens(job, scratch);
   int result = job->quantised ? 0 : quantise(gpu, stream, job, &quantised);
   if (result) return result;
+  if (job->group_size) return multiply_groups(gpu, stream, job, &quantised);
+  if (kind == 1) return gemv(gpu, stream, job, &quantised);
   return kind ? decode(gpu, stream, job, &quantised, kind) : multiply(gpu, stream, job, &quantised);
+}
+
+static int64_t head_width(const bc_table *job) { return ceil_div(job->K, job->block) * job->block; }
+
+int64_t bc_cuda_head_scratch(const bc_table *job) {
+  return 2 * padded(job->M * head_width(job)) + padded((int64_t)job->M * 4);
+}
+
+int bc_cuda_head(const bc_gpu *gpu, void *stream, const bc_table *job, void *scratch) {
+  int64_t width = head_width(job), bytes = padded(job->M * width);
+  int wide = job->bits == 8;
+  char *hi = scratch, *lo = hi + bytes, *s = lo + bytes;
+  bc_head_quantize_args q = {.x = job->x,
+                             .hi = hi,
+                             .lo = lo,
+                             .s = s,
+                             .K = job->K,
+                             .width = (int32_t)width,
+                             .type = job->type_x};
+  bc_head_args a = {.table = job->table,
+                    .scale = job->scale,
+                    .hi = hi,
+                    .lo = lo,
+                    .s = s,
+                    .y = job->y,
+                    .V = job->V,
+                    .B = (int32_t)ceil_div(job->K, job->block),
+                    .per_block = job->block * job->bits / 512};
+  int result = launch(gpu, stream, wide ? BC_HEAD_QUANTIZE8 : BC_HEAD_QUANTIZE4, job->M, 1,
+                      BC_HEAD_THREADS, 0, (void *[])BC_HEAD_QUANTIZE_ARGS(q), job->early);
+  if (result) return result;
+  return launch(gpu, stream, wide ? BC_HEAD8 : BC_HEAD4, ceil_div(job->V, BC_HEAD_ROWS), job->M,
+                BC_HEAD_THREADS, 0, (void *[])BC_HEAD_ARGS(a), job->early);
 }
 
 int bc_cuda_read(const bc_gpu *gpu, void *stream, const void *data, int64_t bytes, void *out) {
   bc_read_args a = {.data = data, .out = out, .loads = (int32_t)(bytes / 16)};
   int64_t blocks = ceil_div(a.loads, BC_READ_THREADS * BC_READ_LOADS);
-  return launch(gpu, stream, BC_CUDA_READ, blocks, 1, BC_READ_THREADS, 0, (void *[])BC_READ_ARGS(a),
-                0);
+  return launch(gpu, stream, BC_READ, blocks, 1, BC_READ_THREADS, 0, (void *[])BC_READ_ARGS(a), 0);
 }

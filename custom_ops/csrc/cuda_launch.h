@@ -8,22 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { BC_MAX_GPUS = 16, BC_NO_GATE = -1, BC_MMA_TILE = -1 };
-enum {
-  BC_CUDA_ROWS,
-  BC_CUDA_ANY_ROWS,
-  BC_CUDA_FUSED,
-  BC_CUDA_DECODE1,
-  BC_CUDA_DECODE8,
-  BC_CUDA_DECODE16,
-  BC_CUDA_GEMM,
-  BC_CUDA_WGMMA64,
-  BC_CUDA_WGMMA128,
-  BC_CUDA_WGMMA256,
-  BC_CUDA_READ,
-  BC_CUDA_KERNELS
-};
-
+enum { BC_MAX_GPUS = 16, BC_MOST_KERNELS = 64, BC_NO_GATE = -1, BC_MMA_TILE = -1 };
 /* Device code for one architecture; PTX has major 0. Generated with the list of kernels. */
 typedef struct bc_image {
   const char *name;
@@ -32,12 +17,13 @@ typedef struct bc_image {
 } bc_image;
 extern const bc_image bc_images[];
 extern const int bc_image_count;
-extern const char *const bc_kernel_names[BC_CUDA_KERNELS];
+extern const char *const bc_kernel_names[];
+extern const int bc_kernel_count;
 
 typedef struct bc_gpu {
   int device, major, minor, processors, shared_limit, ready;
   const bc_image *image;
-  void *kernel[BC_CUDA_KERNELS]; /* NULL where the architecture has none */
+  void *kernel[BC_MOST_KERNELS]; /* NULL where the architecture has none */
 } bc_gpu;
 
 /* y [M, N] = W quantise(norm(gate(x))) with scale, gate, bias and residual; NULL for none. */
@@ -51,12 +37,24 @@ typedef struct bc_linear {
   int32_t M, N, K;
   int32_t type_x, type_y;    /* ONNX element types */
   int32_t gate_in, gate_out; /* gate_out: W has 2N rows and y is act(gate) * up */
+  int32_t group_size; /* columns under one scale, a multiple of 16; 0: a whole row. With groups
+                         w_scale is [ceil(N / 16), G, 16] */
   float eps;
   int32_t early; /* weights are constants: they may be read while the kernel before still runs */
-  int32_t quantised;  /* scratch holds the quantised rows already, of a call with the same job */
-  int32_t step, tile; /* row tiles of a decode block, tokens of a tile; 0: chosen here; tile
-                         BC_MMA_TILE: mma.sync */
+  int32_t quantised; /* scratch holds the quantised rows already, of a call with the same job */
+  /* To compare: 0 leaves the choice here. */
+  int32_t step;  /* row tiles of a block, with few tokens */
+  int32_t tile;  /* number in BC_TILES or BC_GEMVS, from 1; BC_MMA_TILE: mma.sync */
+  int32_t split; /* one token: norm and product in kernels of their own */
 } bc_linear;
+
+/* y [M, V] float32 = logits of x [M, K] of type_x against a table [V, B, block * bits / 8] */
+typedef struct bc_table {
+  const void *x, *table;
+  const float *scale; /* [V, B] */
+  float *y;
+  int32_t M, V, K, type_x, bits, block, early;
+} bc_table;
 
 /* The GPU of the calling thread's context, ready to launch; NULL and *error if there is none. */
 const bc_gpu *bc_cuda_gpu(const char **error);
@@ -69,6 +67,9 @@ const char *bc_cuda_error(int result);
 int64_t bc_cuda_linear_scratch(const bc_gpu *gpu, const bc_linear *job);
 /* Put a job on a stream: 0, or the driver's error. */
 int bc_cuda_linear(const bc_gpu *gpu, void *stream, const bc_linear *job, void *scratch);
+/* The same for a head. */
+int64_t bc_cuda_head_scratch(const bc_table *job);
+int bc_cuda_head(const bc_gpu *gpu, void *stream, const bc_table *job, void *scratch);
 /* Read `bytes` of memory and do nothing with them; out has room for a word. */
 int bc_cuda_read(const bc_gpu *gpu, void *stream, const void *data, int64_t bytes, void *out);
 /* Whether a product can gate its own result. */

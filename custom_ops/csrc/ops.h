@@ -89,8 +89,8 @@ struct Device {
 };
 
 extern const Device *const bc_device; /* the plugin's, chosen by its generated table */
-extern const Layout
-    bc_layouts[]; /* that its kernels read, generated too, up to one without an id */
+/* That its kernels read, generated too, up to one without an id. */
+extern const Layout bc_layouts[];
 extern const Device bc_cpu_device, bc_opencl_device, bc_cuda_device;
 
 /* An ORT status with a formatted text that names the remedy. */

@@ -84,7 +84,7 @@ BARE = ("-isystem", str(CSRC / "libc"), "-fno-stack-protector",
 BIONIC = {
     "libc.so": """calloc fclose fgetc fopen fprintf fread free fwrite getauxval getenv getpid malloc
         memcmp memcpy memset mkdir posix_memalign pthread_mutex_lock pthread_mutex_unlock remove
-        rename snprintf stderr strchr strcmp strlen strrchr strstr vsnprintf wcslen""",
+        rename sched_yield snprintf stderr strchr strcmp strlen strrchr strstr vsnprintf wcslen""",
     "libdl.so": "dladdr dlopen dlsym",
 }
 """What plugins call of Android's C library; all are there from API level 23 on."""
@@ -97,6 +97,8 @@ BIONIC_PROGRAMS = {
 }
 """What programs call of it."""
 START = CSRC / "libc" / "start.c"
+ATOMICS = CSRC / "libc" / "atomics.c"
+"""Of the compiler's library, which is not linked there."""
 PAGE = 16384
 """Segment alignment: Android 15 has devices with pages of 16 KiB."""
 
@@ -123,7 +125,7 @@ def _link_bionic(
     symbols: Mapping[str, str],
     kind: Sequence[str],
 ) -> None:
-    glue = _compiled(triple, sources, out.with_suffix(".glue"), *BARE)
+    glue = _compiled(triple, [*sources, ATOMICS], out.with_suffix(".glue"), *BARE)
     folder = out.with_suffix(".libc")
     folder.mkdir()
     libc = [_stand_in(triple, folder, name, names.split()) for name, names in symbols.items()]

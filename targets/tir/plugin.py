@@ -32,7 +32,7 @@ GLUE = ("plugin.c", "checks.c")
 """The C sources of every plugin."""
 PROGRAMS = {"calibrate": ("calibrate.c", "host.c")}
 """Programs that some plugins come with, and their C sources."""
-CPU_GLUE = "cpu.c"
+CPU_GLUE = ("cpu.c", "threads.c")
 NEEDED_BYTES = 32 << 20
 """Free space a compilation may take."""
 
@@ -318,7 +318,7 @@ def _compile(
         sources = [CSRC / name for name in (*GLUE, *(device.sources if device else ()))]
         if isas:
             objects, table = compile_kernels(isas, layouts, work, system.llvm_triple(triple))
-            sources += [CSRC / CPU_GLUE, cpu, table]
+            sources += [*(CSRC / name for name in CPU_GLUE), cpu, table]
         sources.append(work / "device.c")
         sources[-1].write_text(device_source(layouts, device))
         made = work / path.name

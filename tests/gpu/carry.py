@@ -9,13 +9,15 @@ scripts, and the modules with the reference; it is meant to be copied to a machi
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
 import bitcompile
 from bitcompile.targets.tir.cuda.compiler import IMAGES
+from bitcompile.targets.tir.cuda.kernels import TILES
 from bitcompile.targets.tir.cuda.plugin import device_code, write_sources
-from bitcompile.targets.tir.plugin import CSRC, zig
+from bitcompile.targets.tir.linking import CSRC, zig
 from bitcompile.targets.x86 import TRIPLE
 
 LIBRARY = "bitcompile_cuda.so"
@@ -32,10 +34,15 @@ def carry(folder: Path, arch: str | None = None) -> None:
             shutil.copy(source / name, target / name)
     for package in ("bitcompile", "tests"):
         (folder / package / "__init__.py").write_text("")
+    variants = {"tiles": [t.tokens for t in TILES]}
+    (folder / "tests" / "gpu" / "variants.json").write_text(json.dumps(variants))
     build = folder / "build"
     build.mkdir(exist_ok=True)
     images = [image for image in IMAGES if arch in (None, image.arch)]
     sources = write_sources(build.absolute(), device_code(images))
+    stand_in = build / "device.c"  # the operators, which the launch functions do without
+    stand_in.write_text("const char bc_cuda_device[1];\n")
+    sources.append(stand_in)
     options = ["-std=c11", "-O2", "-fPIC", "-shared", "-fno-sanitize=all", "-ldl"]
     inputs = [f"-I{CSRC}", f"-I{build}", *map(str, sources), str(CSRC / "cuda_launch.c")]
     zig(["cc", "-target", TRIPLE, *options, *inputs, "-o", str(folder / LIBRARY)])

@@ -14,7 +14,15 @@ import torch
 
 from bitcompile import numerics
 from bitcompile.packing import CUDA_TILE, PackedTernary
-from tests.gpu.launch import GATES, NO_GATE, Launcher, Linear
+from tests.gpu.launch import (
+    GATES,
+    NO_GATE,
+    TYPES,
+    VARIANTS,
+    Launcher,
+    Linear,
+    TableJob,
+)
 
 SHAPES = ((1, 1), (16, 128), (17, 129), (70, 100), (129, 257), (200, 640), (333, 1021), (260, 2050))
 TOKENS = (1, 2, 5, 8, 9, 16, 17, 40, 129, 300)
@@ -97,7 +105,7 @@ def same(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
         )
 
 
-def linear(launcher: Launcher, case: Case, norm: bool, extras: bool, tile: int = 0) -> None:
+def linear(launcher: Launcher, case: Case, norm: bool, extras: bool, **choice: int) -> None:
     """BitLinear or NormBitLinear."""
     weight, scale, w, w_scale = case.weights(case.N, case.K)
     product = Linear(
@@ -105,7 +113,7 @@ def linear(launcher: Launcher, case: Case, norm: bool, extras: bool, tile: int =
         gamma=on_gpu(case.gamma) if norm else None,
         bias=on_gpu(case.bias) if extras else None,
         residual=case.residual if extras else None,
-        early=True, tile=tile,
+        **{"early": 1, **choice},
     )  # fmt: skip
     scratch = product.scratch(launcher)
     launcher.linear(product.job(), scratch)
@@ -115,23 +123,24 @@ def linear(launcher: Launcher, case: Case, norm: bool, extras: bool, tile: int =
     y = numerics.ternary_matmul(normed, weight, scale)
     if extras:
         y = (y + case.bias) + case.wide(case.residual)
-    what = f"linear {case.M}x{case.N}x{case.K} {case.dtype} norm={norm} extras={extras} tile={tile}"
+    what = f"linear {case.M}x{case.N}x{case.K} {case.dtype} norm={norm} extras={extras} {choice}"
     assert product.y is not None
     if scratch.numel() > 1:
         groups = -(-case.M // 8) if case.M <= 16 else -(-case.M // 256) * 32
         q, _ = numerics.quantize_activations(normed)
-        same(f"{what}: q", unpack_tokens(scratch, case.M, case.K, groups).float(),
-             torch.from_numpy(q).float())  # fmt: skip
+        plain = scratch[: case.K].view(torch.int8)[None]  # of one token
+        got = plain if case.M == 1 else unpack_tokens(scratch, case.M, case.K, groups)
+        same(f"{what}: q", got.float(), torch.from_numpy(q).float())
     same(what, product.y, case.narrow(y.astype(np.float32)))
 
 
-def glu(launcher: Launcher, case: Case, gate: int, sub_norm: bool) -> None:
+def glu(launcher: Launcher, case: Case, gate: int, sub_norm: bool, split: int = 0) -> None:
     """The two products of BitGLU, as the plugin plans them."""
     F = case.N
     up_weight, up_scale, up_w, up_s = case.weights(2 * F, case.K)
     down_weight, down_scale, down_w, down_s = case.weights(case.K, F)
     up = Linear(case.x, up_w, up_s, (F, case.K), torch.float32, gamma=on_gpu(case.gamma),
-                gate_out=gate, early=True)  # fmt: skip
+                gate_out=gate, early=True, split=split)  # fmt: skip
     gate_in = NO_GATE
     if not launcher.gates(up.job()):
         up = up.changed(shape=(2 * F, case.K), gate_out=NO_GATE)
@@ -140,7 +149,7 @@ def glu(launcher: Launcher, case: Case, gate: int, sub_norm: bool) -> None:
     sub = case.rng.standard_normal(F).astype(np.float32)
     assert up.y is not None
     down = Linear(up.y, down_w, down_s, (case.K, F), case.dtype, residual=case.x, gate_in=gate_in,
-                  gamma=on_gpu(sub) if sub_norm else None, early=True)  # fmt: skip
+                  gamma=on_gpu(sub) if sub_norm else None, early=True, split=split)  # fmt: skip
     launcher.linear(down.job(), down.scratch(launcher))
     torch.cuda.synchronize()
     x = case.wide(case.x)
@@ -150,25 +159,61 @@ def glu(launcher: Launcher, case: Case, gate: int, sub_norm: bool) -> None:
         hidden = numerics.rms_norm(hidden, sub, 1e-5)
     y = numerics.ternary_matmul(hidden, down_weight, down_scale) + x
     assert down.y is not None
-    what = f"glu {case.M}x{F}x{case.K} {case.dtype} {GATES[gate]} sub_norm={sub_norm}"
+    what = f"glu {case.M}x{F}x{case.K} {case.dtype} {GATES[gate]} sub_norm={sub_norm} split={split}"
     same(what, down.y, case.narrow(y.astype(np.float32)))
 
 
-def large(launcher: Launcher, seed: int, N: int, K: int, M: int, tile: int = 0) -> None:
+def grouped(launcher: Launcher, case: Case, group_size: int) -> None:
+    """NormBitLinear with a scale per group of columns."""
+    weight = case.rng.integers(-1, 2, (case.N, case.K)).astype(np.int8)
+    scale = case.rng.random((case.N, -(-case.K // group_size))).astype(np.float32) + 0.01
+    packed = PackedTernary.pack(weight, scale, CUDA_TILE, group_size)
+    stored = CUDA_TILE.encode_scale(packed.scale, group_size)
+    product = Linear(case.x, on_gpu(packed.data), on_gpu(stored), (case.N, case.K), case.dtype,
+                     gamma=on_gpu(case.gamma), bias=on_gpu(case.bias), residual=case.residual,
+                     group_size=group_size, early=1)  # fmt: skip
+    launcher.linear(product.job(), product.scratch(launcher))
+    torch.cuda.synchronize()
+    normed = numerics.rms_norm(case.wide(case.x), case.gamma, 1e-5)
+    y = numerics.ternary_matmul(normed, weight, packed.scale, group_size)
+    y = (y + case.bias) + case.wide(case.residual)
+    assert product.y is not None
+    same(f"grouped {case.M}x{case.N}x{case.K} {case.dtype} by {group_size}", product.y,
+         case.narrow(y.astype(np.float32)))  # fmt: skip
+
+
+def head(launcher: Launcher, case: Case, bits: int) -> None:
+    """HeadLinear."""
+    block = 128
+    blocks = -(-case.K // block)
+    codes = case.rng.integers(0, 256, (case.N, blocks, block * bits // 8)).astype(np.uint8)
+    scale = case.rng.random((case.N, blocks)).astype(np.float32)
+    table, scales = on_gpu(codes), on_gpu(scale)
+    y = torch.full((case.M, case.N), float("nan"), device="cuda")
+    launcher.head(TableJob(
+        x=case.x.data_ptr(), table=table.data_ptr(), scale=scales.data_ptr(), y=y.data_ptr(),
+        M=case.M, V=case.N, K=case.K, type_x=TYPES[case.dtype], bits=bits, block=block, early=1,
+    ))  # fmt: skip
+    torch.cuda.synchronize()
+    expected = numerics.head_matmul(case.wide(case.x), codes, scale[:, :, None], bits)
+    same(f"head {case.M}x{case.N}x{case.K} {case.dtype} {bits} bits", y, torch.from_numpy(expected))
+
+
+def large(launcher: Launcher, seed: int, N: int, K: int, M: int, **choice: int) -> None:
     """A product of a real model's size against an exact float32 product of integers."""
     torch.backends.cuda.matmul.allow_tf32 = False
     generator = torch.Generator("cuda").manual_seed(seed)
     w = random_weights(generator, N, K)
     x = torch.randn((M, K), device="cuda", generator=generator)
     w_scale = torch.rand((N, 1), device="cuda", generator=generator) + 0.1
-    product = Linear(x, w, w_scale, (N, K), torch.float32, early=True, tile=tile)
+    product = Linear(x, w, w_scale, (N, K), torch.float32, early=1, **choice)
     scratch = product.scratch(launcher)
     launcher.linear(product.job(), scratch)
     q, s = numerics.quantize_activations(x.cpu().numpy())
     acc = on_gpu(q).float() @ unpack(w, N, K).float().T
     expected = acc * (w_scale.reshape(1, -1) / on_gpu(s))
     assert product.y is not None
-    same(f"large {M}x{N}x{K} tile={tile}", product.y, expected)
+    same(f"large {M}x{N}x{K} {choice}", product.y, expected)
 
 
 def random_weights(generator: torch.Generator, N: int, K: int) -> torch.Tensor:
@@ -189,7 +234,7 @@ def small_cases(seed: int) -> Iterator[tuple[np.random.Generator, int, int, int,
 def products(seed: int, quick: bool) -> Iterator[Callable[[Launcher], None]]:
     """Everything to check; ``quick`` is for slow sanitizers."""
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    tiles = (-1, *((64, 128, 256) if hopper else ()))
+    tiles = (-1, *(range(1, len(VARIANTS["tiles"]) + 1) if hopper else ()))
     for number, (rng, M, N, K, dtype) in enumerate(small_cases(seed)):
         if quick and number % 7:
             continue
@@ -198,14 +243,23 @@ def products(seed: int, quick: bool) -> Iterator[Callable[[Launcher], None]]:
         yield partial(linear, case=case, norm=bool(number % 2), extras=extras)
         yield partial(linear, case=case, norm=not number % 2, extras=extras)
         yield partial(glu, case=case, gate=number % 4, sub_norm=bool(number % 3))
+        if M in (1, 9, 40):
+            yield partial(grouped, case=case, group_size=16 << number % 5)
+            yield partial(head, case=case, bits=8 >> number % 2)
         for tile in tiles if M > 16 else ():
             yield partial(linear, case=case, norm=True, extras=True, tile=tile)
+        if M == 1:
+            for early, more in itertools.product((0, 1), (False, True)):
+                yield partial(linear, case=case, norm=True, extras=more, early=early, split=1)
+            yield partial(glu, case=case, gate=number % 4, sub_norm=True, split=1)
     if quick:
         return
     for N, K in ((2560, 2560), (3840, 2560), (13824, 2560), (2560, 6912)):
         for M in (1, 3, 16, 33, 512):
-            for tile in tiles if M > 16 else (0,):
+            for tile in (0, *tiles) if M > 16 else (0,):
                 yield partial(large, seed=seed + M, N=N, K=K, M=M, tile=tile)
+    yield partial(large, seed=seed, N=2560, K=2560, M=1700)  # tiles of two sizes
+    yield partial(large, seed=seed, N=512, K=9984, M=1)  # a row too long for the fused kernels
 
 
 def check(launcher: Launcher, seed: int, quick: bool = False) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 NO_GATE, MMA_TILE = -1, -1
 TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}
 GATES = ("relu2", "silu", "gelu_tanh", "gelu_erf")
+VARIANTS = json.loads(Path(__file__).with_name("variants.json").read_text())
+"""What ``tile`` numbers from 1 on: tokens of ``tiles``."""
 
 
 class LinearJob(ctypes.Structure):
@@ -21,9 +24,18 @@ class LinearJob(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in
           ("x", "gamma", "w", "w_scale", "bias", "residual", "y")),
         *((name, ctypes.c_int32) for name in
-          ("M", "N", "K", "type_x", "type_y", "gate_in", "gate_out")),
+          ("M", "N", "K", "type_x", "type_y", "gate_in", "gate_out", "group_size")),
         ("eps", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("early", "quantised", "step", "tile")),
+        *((name, ctypes.c_int32) for name in ("early", "quantised", "step", "tile", "split")),
+    ]  # fmt: skip
+
+
+class TableJob(ctypes.Structure):
+    """``bc_table``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "table", "scale", "y")),
+        *((name, ctypes.c_int32) for name in ("M", "V", "K", "type_x", "bits", "block", "early")),
     ]  # fmt: skip
 
 
@@ -36,6 +48,7 @@ class Launcher:
         self.library.bc_cuda_gpu.restype = ctypes.c_void_p
         self.library.bc_cuda_error.restype = ctypes.c_char_p
         self.library.bc_cuda_linear_scratch.restype = ctypes.c_int64
+        self.library.bc_cuda_head_scratch.restype = ctypes.c_int64
         self._refuse(self.library.bc_cuda_open())
         torch.zeros(1, device="cuda")  # makes the context current
         reason = ctypes.c_char_p()
@@ -65,6 +78,14 @@ class Launcher:
         at = ctypes.c_void_p(scratch.data_ptr() if scratch is not None else None)
         self._check(self.library.bc_cuda_linear(self.gpu, stream, ctypes.byref(job), at))
 
+    def head(self, job: TableJob) -> None:
+        """``bc_cuda_head`` on torch's current stream."""
+        size = self.library.bc_cuda_head_scratch(ctypes.byref(job))
+        scratch = torch.full((size,), 0x5A, dtype=torch.uint8, device="cuda")
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        at = ctypes.c_void_p(scratch.data_ptr())
+        self._check(self.library.bc_cuda_head(self.gpu, stream, ctypes.byref(job), at))
+
     def read(self, data: torch.Tensor, out: torch.Tensor) -> None:
         """``bc_cuda_read`` on torch's current stream."""
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -89,10 +110,12 @@ class Linear:
     eps: float = 1e-5
     gate_in: int = NO_GATE
     gate_out: int = NO_GATE
-    early: bool = False
-    quantised: bool = False
+    group_size: int = 0
+    early: int = 0
+    quantised: int = 0
     step: int = 0
     tile: int = 0
+    split: int = 0
     y: torch.Tensor | None = None
 
     def job(self) -> LinearJob:
@@ -107,8 +130,10 @@ class Linear:
         }
         return LinearJob(
             **pointers, M=M, N=N, K=K, type_x=TYPES[self.x.dtype], type_y=TYPES[self.out_type],
-            gate_in=self.gate_in, gate_out=self.gate_out, eps=self.eps, early=self.early,
+            gate_in=self.gate_in, gate_out=self.gate_out,
+            group_size=self.group_size, eps=self.eps, early=self.early,
             quantised=self.quantised, step=self.step, tile=self.tile,
+            split=self.split,
         )  # fmt: skip
 
     def scratch(self, launcher: Launcher) -> torch.Tensor:

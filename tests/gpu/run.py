@@ -55,8 +55,8 @@ def run(section: str, launcher: Launcher, options: argparse.Namespace) -> None:
     elif section == "prefill":
         speed.prefill_table(launcher)
     elif section == "tune":
-        speed.steps_table(launcher)
-        speed.prefill_table(launcher, every_tile=True)
+        speed.tune_stack(launcher)
+        speed.tune_prefill(launcher)
     elif section == "stack":
         bandwidth = speed.read_bandwidth(launcher)
         print(f"read bandwidth {bandwidth / 1e9:.0f} GB/s")

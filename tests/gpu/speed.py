@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from tests.gpu.exact import random_weights
-from tests.gpu.launch import NO_GATE, Launcher, Linear
+from tests.gpu.launch import NO_GATE, VARIANTS, Launcher, Linear
 
 SHAPES = ((2560, 2560), (6912, 2560), (2560, 6912), (3840, 2560), (13824, 2560))
 """The products of BitNet b1.58 2B-4T, ``(N, K)``."""
@@ -21,6 +21,7 @@ PREFILL = (128, 512, 1024, 2048, 4096)
 COLD_BYTES = 256 << 20
 REPEATS = 5
 LAYERS, HIDDEN, FFN, QKV = 30, 2560, 6912, 3840
+LAYER = ("qkv", "o", "up", "down")
 
 
 def captured(work: Callable[[], None]) -> Callable[[], None]:
@@ -58,23 +59,34 @@ def buffers(size: int) -> int:
     return max(2, min(256, COLD_BYTES // size))
 
 
-def rotated(launch: Sequence[Callable[[], None]]) -> float:
-    """Seconds of one launch, of a graph of all."""
+Timer = Callable[[], float]
+"""Seconds of one launch, measured anew at each call."""
+
+
+def rotated(launch: Sequence[Callable[[], None]]) -> Timer:
+    """Times one launch of a graph of all."""
 
     def work() -> None:
         for one in launch:
             one()
 
-    return seconds(captured(work)) / len(launch)
+    run = captured(work)
+    return lambda: seconds(run) / len(launch)
 
 
-def attempt(time: Callable[[], float]) -> float:
-    """A time, or NaN where a competitor does not run here."""
+def attempt(prepare: Callable[[], Timer]) -> Timer:
+    """A timer, or one of NaN where a competitor does not run here."""
     try:
-        return time()
+        return prepare()
     except Exception as error:  # its own kind for every library
         print(f"   (not measured: {type(error).__name__}: {str(error)[:100]})")
-        return float("nan")
+        return lambda: float("nan")
+
+
+def in_turn(timers: Sequence[Timer], rounds: int = 5) -> list[float]:
+    """Medians of measurements that take turns, so that a warm card slows all of them alike."""
+    rows = [[timer() for timer in timers] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*rows, strict=True)]
 
 
 # --- one product ----------------------------------------------------------------------------------
@@ -108,8 +120,8 @@ class Weights:
         ]
 
 
-def ours(launcher: Launcher, linears: Sequence[Linear]) -> float:
-    """Seconds of one product."""
+def ours(launcher: Launcher, linears: Sequence[Linear]) -> Timer:
+    """Of one product."""
     scratch = linears[0].scratch(launcher)
     first = linears[0].changed(quantised=False)
     launcher.linear(first.job(), scratch)  # leaves quantised rows for those that want them
@@ -117,14 +129,14 @@ def ours(launcher: Launcher, linears: Sequence[Linear]) -> float:
     return rotated([lambda job=job: launcher.linear(job, scratch) for job in jobs])
 
 
-def read_floor(launcher: Launcher, weights: Weights) -> float:
-    """Seconds to read the packed weights and nothing else."""
+def read_floor(launcher: Launcher, weights: Weights) -> Timer:
+    """Of reading the packed weights and nothing else."""
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
     return rotated([lambda w=w: launcher.read(w, out) for w in weights.packed])
 
 
-def cublas_bf16(N: int, K: int, M: int) -> float:
-    """Seconds of torch's bfloat16 product."""
+def cublas_bf16(N: int, K: int, M: int) -> Timer:
+    """Of torch's bfloat16 product."""
     count = buffers(2 * N * K)
     x = torch.randn((M, K), device="cuda", dtype=torch.bfloat16)
     ws = [torch.randn((N, K), device="cuda", dtype=torch.bfloat16) for _ in range(count)]
@@ -132,16 +144,16 @@ def cublas_bf16(N: int, K: int, M: int) -> float:
     return rotated([lambda w=w: torch.mm(x, w.T, out=y) for w in ws])
 
 
-def cublaslt_int8(N: int, K: int, M: int) -> float:
-    """Seconds of torch's int8 product (cublasLt), int32 results, no scaling."""
+def cublaslt_int8(N: int, K: int, M: int) -> Timer:
+    """Of torch's int8 product (cublasLt), int32 results, no scaling."""
     count = buffers(N * K)
     x = torch.randint(-127, 128, (M, K), device="cuda", dtype=torch.int8)
     ws = [torch.randint(-1, 2, (N, K), device="cuda", dtype=torch.int8) for _ in range(count)]
     return rotated([lambda w=w: torch._int_mm(x, w.T) for w in ws])
 
 
-def triton_w2a8(N: int, K: int) -> float:
-    """Seconds of a plain Triton W2A8 product of one quantised row."""
+def triton_w2a8(N: int, K: int) -> Timer:
+    """Of a plain Triton W2A8 product of one quantised row."""
     from tests.gpu.triton_gemv import launch
 
     count = buffers(N * K // 4)
@@ -160,32 +172,55 @@ def decode_table(launcher: Launcher) -> None:
     print("N x K".ljust(13) + "".join(head.rjust(15) for head in heads))
     for N, K in SHAPES:
         weights = Weights.make(N, K)
-        floor = read_floor(launcher, weights)
-        product = ours(launcher, weights.linears(1, quantised=True))
-        early = ours(launcher, weights.linears(1, quantised=True, early=True))
         gamma = torch.ones(K, device="cuda")
-        op = ours(launcher, weights.linears(1, gamma=gamma))
-        op_early = ours(launcher, weights.linears(1, gamma=gamma, early=True))
-        del weights
-        times = [floor, product, early, op, op_early]
-        cells = [f"{t * 1e6:.2f}" for t in times]
+        floor, product, early, op, op_early, triton, bf16 = in_turn([
+            read_floor(launcher, weights),
+            ours(launcher, weights.linears(1, quantised=True)),
+            ours(launcher, weights.linears(1, quantised=True, early=True)),
+            ours(launcher, weights.linears(1, gamma=gamma)),
+            ours(launcher, weights.linears(1, gamma=gamma, early=True)),
+            attempt(partial(triton_w2a8, N, K)),
+            attempt(partial(cublas_bf16, N, K, 1)),
+        ])  # fmt: skip
+        cells = [f"{t * 1e6:.2f}" for t in (floor, product, early, op, op_early)]
         cells += [f"{floor / product:.2f}", f"{N * K / 4 / op_early / 1e9:.0f}"]
-        others = attempt(partial(triton_w2a8, N, K)), attempt(partial(cublas_bf16, N, K, 1))
-        cells += [f"{t * 1e6:.2f}" for t in others]
+        cells += [f"{t * 1e6:.2f}" for t in (triton, bf16)]
         print(f"{N}x{K}".ljust(13) + "".join(cell.rjust(15) for cell in cells))
 
 
-def steps_table(launcher: Launcher) -> None:
-    """Row tiles a block: which choice is best here."""
-    print("== op+PDL by row tiles a block, us")
+def tune_stack(launcher: Launcher) -> None:
+    """Row tiles a block of each of the stack's products: one after the other, the best is kept."""
+    stack = Stack(launcher, 1)
+    chosen = [0] * len(LAYER)
+    best = seconds(captured(stack.run), 0.05)
+    for turn in range(8):
+        product = turn % 4
+        for step in (1, 2, 3, 4, 5, 6):
+            steps = [step if i == product else chosen[i] for i in range(4)]
+            work = [one.changed(step=steps[i % 4], y=one.y) for i, one in enumerate(stack.work)]
+            stack.jobs = [one.job() for one in work]
+            try:
+                t = seconds(captured(stack.run), 0.05)
+            except RuntimeError:
+                continue  # more than a block can have
+            if t < best:
+                best, chosen = t, steps
+        print(f"   row tiles a block {chosen}: {best * 1e6:.0f} us", flush=True)
+
+
+def tune_prefill(launcher: Launcher) -> None:
+    """Many tokens by every tile, TOPS; 0 is what the library chooses."""
     for N, K in SHAPES:
         weights = Weights.make(N, K)
-        gamma = torch.ones(K, device="cuda")
-        cells = []
-        for step in (1, 2, 3, 4, 6, 8):
-            t = ours(launcher, weights.linears(1, gamma=gamma, early=True, step=step))
-            cells.append(f"{step}: {t * 1e6:.2f}")
-        print(f"{N}x{K}".ljust(13) + "  ".join(cells))
+        for M in PREFILL:
+            tiles = range(len(VARIANTS["tiles"]) + 1)
+            times = in_turn(
+                [ours(launcher, weights.linears(M, quantised=True, early=True, tile=tile))
+                 for tile in tiles], 3)  # fmt: skip
+            names = ["chosen", *VARIANTS["tiles"]]
+            cells = [f"{n}: {2 * N * K * M / t / 1e12:.0f}"
+                     for n, t in zip(names, times, strict=True)]  # fmt: skip
+            print(f"{N}x{K}".ljust(13) + str(M).rjust(6) + "  " + "  ".join(cells), flush=True)
 
 
 def batch_table(launcher: Launcher) -> None:
@@ -196,13 +231,13 @@ def batch_table(launcher: Launcher) -> None:
     for N, K in SHAPES:
         weights = Weights.make(N, K)
         gamma = torch.ones(K, device="cuda")
-        cells = [f"{ours(launcher, weights.linears(M, gamma=gamma, early=True)) * 1e6:.2f}"
+        cells = [f"{ours(launcher, weights.linears(M, gamma=gamma, early=True))() * 1e6:.2f}"
                  for M in batches]  # fmt: skip
-        other = attempt(lambda N=N, K=K: cublas_bf16(N, K, 8))
+        other = attempt(partial(cublas_bf16, N, K, 8))()
         print(f"{N}x{K}".ljust(13) + "".join(c.rjust(9) for c in cells) + f"{other * 1e6:12.2f}")
 
 
-def prefill_table(launcher: Launcher, every_tile: bool = False) -> None:
+def prefill_table(launcher: Launcher) -> None:
     """Many tokens: TOPS of the product alone and with its quantisation."""
     print("== many tokens, TOPS (2 N K M / time); product: of quantised rows; op: norm included")
     heads = ("product", "op", "cublasLt int8", "cuBLAS bf16", "x int8", "x bf16")
@@ -211,17 +246,15 @@ def prefill_table(launcher: Launcher, every_tile: bool = False) -> None:
         weights = Weights.make(N, K)
         gamma = torch.ones(K, device="cuda")
         for M in PREFILL:
-            product = ours(launcher, weights.linears(M, quantised=True, early=True))
-            op = ours(launcher, weights.linears(M, gamma=gamma, early=True))
-            int8 = attempt(lambda N=N, K=K, M=M: cublaslt_int8(N, K, M))
-            bf16 = attempt(lambda N=N, K=K, M=M: cublas_bf16(N, K, M))
+            product, op, int8, bf16 = in_turn([
+                ours(launcher, weights.linears(M, quantised=True, early=True)),
+                ours(launcher, weights.linears(M, gamma=gamma, early=True)),
+                attempt(partial(cublaslt_int8, N, K, M)),
+                attempt(partial(cublas_bf16, N, K, M)),
+            ])  # fmt: skip
             tops = [f"{2 * N * K * M / t / 1e12:.0f}" for t in (product, op, int8, bf16)]
             tops += [f"{int8 / product:.2f}", f"{bf16 / product:.2f}"]
             line = f"{N}x{K}".ljust(13) + str(M).rjust(6) + "".join(c.rjust(15) for c in tops)
-            if every_tile:
-                for tile in (-1, 64, 128, 256):
-                    t = ours(launcher, weights.linears(M, quantised=True, early=True, tile=tile))
-                    line += f"  {tile}:{2 * N * K * M / t / 1e12:.0f}"
             print(line, flush=True)
 
 
@@ -231,7 +264,7 @@ def prefill_table(launcher: Launcher, every_tile: bool = False) -> None:
 class Stack:
     """The ternary operators of every layer of a 2B-4T-shaped model, each with its own weights."""
 
-    def __init__(self, launcher: Launcher, M: int, early: bool = True) -> None:
+    def __init__(self, launcher: Launcher, M: int, early: bool = True, split: int = 0) -> None:
         self.launcher, self.M = launcher, M
         generator = torch.Generator("cuda").manual_seed(1)
         self.bytes = 0
@@ -250,7 +283,7 @@ class Stack:
         both = like(2 * FFN, torch.float32)
         self.work: list[Linear] = []
         for _ in range(LAYERS):
-            made = {"early": early}
+            made = {"early": early, "split": split}
             self.work.append(Linear(hidden, weights(QKV, HIDDEN), small[QKV], (QKV, HIDDEN),
                                     torch.float16, gamma=ones, y=qkv, **made))  # fmt: skip
             query = qkv.reshape(-1)[: M * HIDDEN].reshape(M, HIDDEN)  # stands for attention
@@ -296,7 +329,7 @@ def stack_table(launcher: Launcher, bandwidth: float) -> None:
             f"stack, one token, PDL {early}: {t * 1e6:.0f} us, {1 / t:.0f} tokens/s, "
             f"{stack.bytes / t / 1e9:.0f} GB/s = {share:.0%} of the read bandwidth"
         )
-    joules = attempt(lambda: energy(captured(Stack(launcher, 1).run)))
+    joules = attempt(lambda: partial(energy, captured(Stack(launcher, 1).run)))()
     print(f"stack, energy a token: {joules * 1e3:.1f} mJ (NVML, whole card)")
     for M in (512, 1024, 2048, 4096):
         stack = Stack(launcher, M)

@@ -116,6 +116,13 @@ def shuffle_xor(value: Expr, distance: int) -> Expr:
     return T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), value, distance, 32, 32)
 
 
+@contextmanager
+def rolled(count: Expr) -> Iterator[Expr]:
+    """A loop that the compiler leaves one."""
+    with T.serial(count, annotations={"disable_unroll": True}) as i:
+        yield i
+
+
 def variable(value: Expr, dtype: str) -> Buffer:
     """A register with a first value; element 0 of a local array."""
     result = local(1, dtype)
@@ -131,13 +138,6 @@ def put(buffer: Buffer, value: Expr, index: Expr = 0) -> None:
 def long(value: Expr) -> Expr:
     """``value`` as an offset that may exceed 32 bits."""
     return T.cast(value, "int64")
-
-
-@contextmanager
-def otherwise(condition: Expr) -> Iterator[None]:
-    """Statements where a run-time condition does not hold."""
-    with T.If(T.Not(condition)), T.Then():
-        yield
 
 
 ARITHMETIC = Arithmetic(

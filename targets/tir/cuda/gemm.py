@@ -1,12 +1,17 @@
 """Products with many tokens on tensor cores: 128 weight rows by a tile of tokens a block.
 
 Two schedules read the same weights and activations. ``gemm``: ``mma.sync`` (sm_80 and later),
-tokens by asynchronous copies, weights from registers. ``wgmma`` (sm_90a): tokens by bulk copies;
-two warpgroups hold weights in registers and multiply with tokens in shared memory.
+tokens by asynchronous copies, weights from registers. ``wgmma`` (sm_90a): a block makes one tile
+after the other; one thread brings tokens by bulk copies, two warpgroups unpack weights into
+registers and multiply with tokens in shared memory by turns, and results leave while the next tile
+is made. Weights as int8 in shared memory, unpacked by these or a third warpgroup, and tokens shared
+by a cluster of blocks were tried on an H100: no faster, and slower.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from bitcompile.targets.tir.cuda.device import (
@@ -37,14 +42,15 @@ from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, when
 ROWS = 128
 """Weight rows of a block."""
 ROW_TILES = ROWS // TILE_ROWS
-OUT_STRIDE = ROWS + 4
-"""Floats between tokens of the finished tile in shared memory: no bank conflicts."""
+PAD = 4
+"""More floats than rows between tokens of the finished tile in shared memory: no bank conflicts."""
 
 PARAMETERS = [
     ("q", "uint8*"), ("s", "float32*"), ("qsum", "int32*"), ("w", "uint32*"),
     ("w_scale", "float32*"), ("bias", "float32*"), ("residual", "uint8*"), ("y", "uint8*"),
     *((name, "int32") for name in (
-        "M", "N", "units", "token_groups", "tiles", "type_y", "has_bias", "has_residual",
+        "M", "N", "units", "token_groups", "tiles", "blocks", "type_y", "has_bias", "has_residual",
+        "direct",
     )),
 ]  # fmt: skip
 
@@ -72,21 +78,22 @@ class Tokens:
         return T.cast(acc - self.total[token], "float32") * ratio
 
 
-def finish(ids: Ids, done: Buffer, offset: Expr, tokens: int, threads: int, residual: Buffer,
-           y: Buffer, M: Expr, N: Expr, type_y: Expr, has_residual: Expr) -> None:  # fmt: skip
-    """Store a tile of results ``[tokens, OUT_STRIDE]``, four rows a thread at a time."""
+def finish(ids: Ids, done: Buffer, offset: Expr, first_n: Expr, first_m: Expr, tokens: int,
+           threads: int, residual: Buffer, y: Buffer, M: Expr, N: Expr, type_y: Expr,
+           has_residual: Expr) -> None:  # fmt: skip
+    """Store a tile of results ``[tokens, ROWS + PAD]``, four rows a thread at a time."""
     values, old = local(4, "float32"), local(4, "float32")
     quads = ROWS // 4
 
     def store(i: Expr) -> None:
-        token, n = T.floordiv(i, quads), ids.block_x * ROWS + (i % quads) * 4
-        m = ids.block_y * tokens + token
+        token, n = T.floordiv(i, quads), first_n + (i % quads) * 4
+        m = first_m + token
         with when(T.And(m < M, n < N)):
             to = long(m) * N + n
             do(
                 "bc_load_shared4",
                 at(values, 0),
-                at(done, offset + token * OUT_STRIDE + i % quads * 4),
+                at(done, offset + token * (ROWS + PAD) + i % quads * 4),
             )
             with when(N % 4 == 0):
                 with when(has_residual != 0):
@@ -134,12 +141,13 @@ STAGE_BYTES = TILE_TOKENS * UNIT_COLUMNS
 def gemm(name: str) -> Any:
     """``y = scaled(W q)``. Grid: ceil(N / 128), ceil(M / 128); q is padded to whole tiles.
 
-    Dynamic shared memory: ``max(STAGES * STAGE_BYTES, TILE_TOKENS * OUT_STRIDE * 4)``.
+    Dynamic shared memory: ``max(STAGES * STAGE_BYTES, TILE_TOKENS * (ROWS + PAD) * 4)``.
     """
 
     def body(ids: Ids, q: Buffer, s: Buffer, qsum: Buffer, w: Buffer, w_scale: Buffer, bias: Buffer,
              residual: Buffer, y: Buffer, M: Expr, N: Expr, units: Expr, token_groups: Expr,
-             tiles: Expr, type_y: Expr, has_bias: Expr, has_residual: Expr) -> None:  # fmt: skip
+             tiles: Expr, blocks: Expr, type_y: Expr, has_bias: Expr, has_residual: Expr,
+             direct: Expr) -> None:  # fmt: skip
         room = dynamic()
         done = view(room, "float32")
         rows_at, tokens_at = ids.warp % 2 * 64, T.floordiv(ids.warp, 2) * 64
@@ -201,24 +209,62 @@ def gemm(name: str) -> Any:
                         token = tokens_at + j * 8 + c * 2 + e
                         value = acc[(i * 8 + j) * 4 + half * 2 + e]
                         scaled = tokens.scaled(value, token, feature.scale[0])
-                        put(done, feature.result(scaled), token * OUT_STRIDE + row)
+                        put(done, feature.result(scaled), token * (ROWS + PAD) + row)
         barrier()
-        finish(ids, done, T.int32(0), TILE_TOKENS, THREADS, residual, y, M, N, type_y, has_residual)
+        finish(ids, done, T.int32(0), ids.block_x * ROWS, ids.block_y * TILE_TOKENS, TILE_TOKENS,
+               THREADS, residual, y, M, N, type_y, has_residual)  # fmt: skip
 
     return device_kernel(name, PARAMETERS, THREADS, body)
 
 
 # --- wgmma ----------------------------------------------------------------------------------------
 
-HOPPER_THREADS = 256
-"""Two warpgroups of 64 weight rows. The first thread copies too: a warp of its own would cost the
-registers of a whole warpgroup."""
-HOPPER_STAGES = {64: 6, 128: 5, 256: 5}
-"""Stages of tokens by the tokens of a tile."""
+WORKERS = 256
+"""Two warpgroups of 64 rows each; a warp of a third brings the operands."""
+HOPPER_THREADS = WORKERS + 128
+WORKER_REGISTERS, OTHER_REGISTERS = 240, 24
+"""Of a thread: the three warpgroups start with 168 each; the last gives up what the others take."""
+OUT_PITCH = 2 * ROWS + 16
+"""Bytes between tokens of a finished tile of 16-bit values: no bank conflicts."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a block of ``wgmma`` makes at a time: ROWS rows by ``tokens``, a multiple of 32."""
+
+    tokens: int
+    stages: int
+    """Units of tokens under way or in use."""
+    span: int
+    """Units that a warpgroup multiplies in one turn: small products are not worth one each."""
+    ahead: int = 4
+    """Units of weights that a warp has under way, an even number."""
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return f"bc_wgmma{self.tokens}"
+
+    @property
+    def stage(self) -> int:
+        """Bytes of a stage."""
+        return self.tokens * UNIT_COLUMNS
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory: to align, stages, the finished tile.
+
+        Of a tile that is not of 16-bit values, half is in there at a time, in float32.
+        """
+        return 1024 + self.stages * self.stage + self.tokens * OUT_PITCH
 
 
 def wgmma_source(tokens: int) -> str:
-    """``bc_wgmma_N``: 64 rows by ``tokens`` tokens by 128 columns; ``..._wait`` ends it."""
+    """Products of 64 rows, ``tokens`` tokens and 128 columns.
+
+    ``bc_wgmma_N`` starts them, all but the last part as one group; before it may come
+    ``bc_wgmma_N_more``. ``bc_wgmma_N_wait`` ends all.
+    """
     n = tokens // 2
     results = ", ".join(f'"+r"(d[{i}])' for i in range(n))
     names = ", ".join(f"%{i}" for i in range(n))
@@ -232,13 +278,18 @@ def wgmma_source(tokens: int) -> str:
     weights = ", ".join(f'"r"(a[{i}])' for i in range(16))
     tiles = ", ".join(f'"l"(b + {2 * t})' for t in range(4))  # 32 bytes, in units of 16
     kept = ", ".join(f'"+r"(a[{i}])' for i in range(16))
-    return f"""
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-BC_INLINE void bc_wgmma_{tokens}(int* d, const uint* a, uint64_t b) {{
+    commit = '"wgmma.commit_group.sync.aligned;\\n"'
+    texts = {"": [*products[:3], commit, products[3], commit], "_more": products}
+    functions = "".join(
+        f"""
+BC_INLINE void bc_wgmma_{tokens}{suffix}(int* d, const uint* a, uint64_t b) {{
   asm volatile("{{\\n.reg .pred p;\\nsetp.eq.u32 p, 0, 0;\\nwgmma.fence.sync.aligned;\\n"
-    {chr(10).join("    " + product for product in products).strip()}
-    "wgmma.commit_group.sync.aligned;\\n}}" : {results} : {weights}, {tiles} : "memory");
-}}
+    {" ".join(text)} "}}" : {results} : {weights}, {tiles} : "memory");
+}}"""
+        for suffix, text in texts.items()
+    )
+    return f"""
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL){functions}
 BC_INLINE void bc_wgmma_{tokens}_wait(int* d, uint* a) {{
   asm volatile("wgmma.wait_group.sync.aligned 0;" : {results}, {kept} :: "memory");
 }}
@@ -246,80 +297,243 @@ BC_INLINE void bc_wgmma_{tokens}_wait(int* d, uint* a) {{
 """
 
 
-def wgmma(name: str, count: int) -> Any:
-    """``y = scaled(W q)`` with tiles of ``count`` tokens. Grid: ceil(N / 128), ceil(M / count).
+class Ring:
+    """Which stage comes next, and in which phase its barriers are."""
 
-    Dynamic shared memory: 1024 bytes to align, then the larger of the stages (``count * 128`` bytes
-    each) and the finished tile.
+    def __init__(self, stages: int) -> None:
+        self.stages = stages
+        self.slot, self.phase = (variable(T.int32(0), "int32") for _ in range(2))
+
+    def advance(self) -> None:
+        """To the next stage."""
+        put(self.slot, self.slot[0] + 1)
+        with when(self.slot[0] == self.stages):
+            put(self.slot, T.int32(0))
+            put(self.phase, T.bitwise_xor(self.phase[0], T.int32(1)))
+
+
+def wgmma(name: str, tile: Tile) -> Any:
+    """``y = scaled(W q)``. Grid: as many blocks as work at once; ``blocks``: ceil(N / ROWS).
+
+    A warpgroup unpacks the weights of a unit while the tensor cores work for the other. With
+    ``direct``, 16-bit results of rows that share a scale leave by bulk copies.
     """
-    stages, stage = HOPPER_STAGES[count], count * UNIT_COLUMNS
+    stages, count = tile.stages, tile.tokens
 
     def body(ids: Ids, q: Buffer, s: Buffer, qsum: Buffer, w: Buffer, w_scale: Buffer, bias: Buffer,
              residual: Buffer, y: Buffer, M: Expr, N: Expr, units: Expr, token_groups: Expr,
-             tiles: Expr, type_y: Expr, has_bias: Expr, has_residual: Expr) -> None:  # fmt: skip
+             tiles: Expr, blocks: Expr, type_y: Expr, has_bias: Expr, has_residual: Expr,
+             direct: Expr) -> None:  # fmt: skip
         room = dynamic()
         done = view(room, "float32")
         full, free = shared(stages, "uint64"), shared(stages, "uint64")
-        base = variable(read("int32", "bc_to_kilobyte", at(room, 0)), "int32")
+        scale, ratio = shared(count, "float32"), shared(count, "float32")
+        total = shared(count, "int32")
+        base = variable(read("int32", "bc_to_kilobyte", at(room, 0)), "int32")[0]
+        warp = variable(
+            call("int32", "__shfl_sync", T.uint32(0xFFFFFFFF), ids.warp, T.int32(0)), "int32"
+        )[0]
+        out = base + stages * tile.stage
+        grid = variable(read("int32", "bc_grid"), "int32")[0]
+        work = blocks * T.floordiv(M + (count - 1), count)
+        mine = variable(T.floordiv(work - ids.block_x + grid - 1, grid), "int32")[0]
         with when(ids.thread == 0):
             for i in range(stages):
                 do("bc_barrier_init", at(full, i), T.int32(1))
-                do("bc_barrier_init", at(free, i), T.int32(HOPPER_THREADS))
+                do("bc_barrier_init", at(free, i), T.int32(WORKERS // 32))
             do("bc_barrier_fence")
+        barrier()
         do("bc_let_next_start")
-        do("bc_wait_for_earlier")
-        tokens = Tokens(ids, count, HOPPER_THREADS, s, qsum, M)
-        barrier()
 
-        def copy(unit: Expr) -> None:
-            slot = unit % stages
-            start = long(unit) * token_groups + ids.block_y * (count // TOKENS)
-            to = at(room, base[0] + slot * stage)
-            do("bc_copy_bulk", to, q.data, start * TOKEN_UNIT, T.int32(stage), at(full, slot))
+        def bring() -> None:
+            """The tokens, by one lane of the last warpgroup."""
+            ring = Ring(stages)
+            do("bc_wait_for_earlier")
+            with T.serial(mine) as number:
+                tile_of = variable(ids.block_x + number * grid, "int32")[0]
+                first = variable(T.floordiv(tile_of, blocks) * (count // TOKENS), "int32")[0]
+                with T.serial(units) as unit:
+                    slot = ring.slot[0]
+                    do("bc_barrier_wait", at(free, slot), T.bitwise_xor(ring.phase[0], T.int32(1)))
+                    do("bc_barrier_expect", at(full, slot), T.int32(tile.stage))
+                    start = (long(unit) * token_groups + first) * TOKEN_UNIT
+                    do("bc_copy_bulk", at(room, base + slot * tile.stage), q.data, start,
+                       T.int32(tile.stage), at(full, slot))  # fmt: skip
+                    ring.advance()
 
-        with when(ids.thread == 0), T.serial(T.min(units, stages)) as unit:
-            copy(unit)
-        acc = local(count // 2, "int32")
-        held, a = local(4, "uint32"), local(16, "uint32")
-        row = ids.warp * 16  # of the warp, in the block
-        g, c = T.floordiv(ids.lane, 4), ids.lane % 4
-        tile = T.min(ids.block_x * ROW_TILES + ids.warp, tiles - 1)
-        word = long(tile) * units * UNIT_WORDS + ids.lane * 4
-        do("bc_load_weights", at(held, 0), at(w, word))
-        with T.unroll(count // 2) as i:
-            put(acc, T.int32(0), i)
-        with T.serial(units) as unit:
-            slot = unit % stages
-            for t in range(4):
-                for f in range(4):
-                    shifted = T.shift_right(held[t], T.uint32(2 * f))
-                    put(a, T.bitwise_and(shifted, T.uint32(0x03030303)), t * 4 + f)
-            do("bc_barrier_wait", at(full, slot), T.floordiv(unit, stages) % 2)
-            b = call("uint64", "bc_describe", at(room, base[0] + slot * stage))
-            do(f"bc_wgmma_{count}", at(acc, 0), at(a, 0), b)
-            with when(unit + 1 < units):
-                do("bc_load_weights", at(held, 0), at(w, word + (unit + 1) * UNIT_WORDS))
-            # The slot of the unit before: the other warpgroup has most likely left it as well.
-            before = unit - 1
-            again = T.And(unit > 0, before + stages < units)
-            with when(T.And(ids.thread == 0, again)):
-                turn = T.floordiv(before, stages) % 2
-                do("bc_barrier_wait", at(free, before % stages), turn)
-                copy(before + stages)
-            do(f"bc_wgmma_{count}_wait", at(acc, 0), at(a, 0))
-            do("bc_barrier_arrive", at(free, slot))
-        barrier()
-        for half in range(2):
-            n = ids.block_x * ROWS + row + half * 8 + g
-            feature = Feature(n, N, w_scale, bias, has_bias)
-            for j in range(count // 8):
-                for e in range(2):
-                    token = j * 8 + c * 2 + e
-                    scaled = tokens.scaled(acc[j * 4 + half * 2 + e], token, feature.scale[0])
-                    to = T.floordiv(base[0], 4) + token * OUT_STRIDE + row + half * 8 + g
-                    put(done, feature.result(scaled), to)
-        barrier()
-        offset = T.floordiv(base[0], 4)
-        finish(ids, done, offset, count, HOPPER_THREADS, residual, y, M, N, type_y, has_residual)
+        def work_on() -> None:
+            ring = Ring(stages)
+            acc = local(count // 2, "int32")
+            held = local(4 * tile.ahead, "uint32")
+            a = [local(16, "uint32") for _ in range(tile.span)]
+            group = T.shift_right(warp, 2)
+            row = warp * TILE_ROWS  # in the block
+            g, c = T.floordiv(ids.lane, 4), ids.lane % 4
+
+            def weights_of(number: Expr) -> Expr:
+                """Where a tile's weights begin for this lane."""
+                first = (ids.block_x + number * grid) % blocks * ROW_TILES + warp
+                word = long(T.min(first, tiles - 1)) * units * UNIT_WORDS + ids.lane * 4
+                return call("uint64", "bc_pointer", at(w, word))
+
+            address = variable(weights_of(T.int32(0)), "uint64")
+            following = variable(address[0], "uint64")
+
+            def load(place: int, unit: Expr, from_: Expr) -> None:
+                byte = T.cast(unit, "uint64") * T.uint64(UNIT_WORDS * 4)
+                do("bc_load_unit", at(held, place * 4), from_ + byte, T.int32(1))
+
+            for i in range(tile.ahead):
+                load(i, T.min(i, units - 1), address[0])
+            do("bc_wait_for_earlier")
+            with when(group == 1):
+                do("bc_pass_turn", group)
+
+            def multiply(first: int, unit: Expr, span: int) -> None:
+                """The product of some units; the other warpgroup unpacks meanwhile."""
+                for n in range(span):
+                    for t in range(4):
+                        for f in range(4):
+                            word = held[(first + n) * 4 + t]
+                            codes = T.bitwise_and(
+                                T.shift_right(word, T.uint32(2 * f)), T.uint32(0x03030303)
+                            )
+                            put(a[n], codes, t * 4 + f)
+                slots, operands = [], []
+                for _ in range(span):
+                    slot = variable(ring.slot[0], "int32")[0]
+                    do("bc_barrier_wait", at(full, slot), ring.phase[0])
+                    tokens = at(room, base + slot * tile.stage)
+                    operands.append(variable(call("uint64", "bc_describe", tokens), "uint64")[0])
+                    slots.append(slot)
+                    ring.advance()
+                do("bc_take_turn", group)
+                for n in range(span):
+                    suffix = "_more" if n + 1 < span else ""
+                    do(f"bc_wgmma_{count}{suffix}", at(acc, 0), at(a[n], 0), operands[n])
+                for n in range(span):
+                    load_next(first + n, unit + n)
+                do("bc_wgmma_wait_last")
+                do("bc_pass_turn", group)
+                for n in range(span):
+                    do(f"bc_wgmma_{count}_wait", at(acc, 0), at(a[n], 0))
+                with when(ids.lane == 0):
+                    for slot in slots:
+                        do("bc_barrier_arrive", at(free, slot))
+
+            def load_next(i: int, unit: Expr) -> None:
+                """What comes next in a place: of this tile, or of the next."""
+                inside = unit + tile.ahead < units
+                from_ = T.if_then_else(inside, address[0], following[0])
+                load(i, T.if_then_else(inside, unit + tile.ahead, T.min(i, units - 1)), from_)
+
+            with T.serial(mine) as number:
+                place = variable(ids.block_x + number * grid, "int32")[0]
+                first_n = variable(place % blocks * ROWS, "int32")[0]
+                first_m = variable(T.floordiv(place, blocks) * count, "int32")[0]
+                own_scale = variable(T.float32(1), "float32")
+                own_total = variable(T.int32(0), "int32")
+                with when(ids.thread < count):
+                    m = T.min(first_m + ids.thread, M - 1)
+                    put(own_scale, read("float32", "bc_load", s.data, long(m), FLOAT))
+                    put(own_total, read("int32", "bc_load_int", qsum.data, long(m)))
+                common = variable(w_scale[first_n], "float32")[0]
+                other = variable(w_scale[T.min(first_n + ids.thread % ROWS, N - 1)], "float32")[0]
+                with when(number + 1 < mine):
+                    put(following, weights_of(number + 1))
+                with T.unroll(count // 2) as i:
+                    put(acc, T.int32(0), i)
+                rounds = variable(T.floordiv(units, tile.ahead), "int32")[0]
+                with T.serial(rounds) as turn:
+                    for i in range(0, tile.ahead, tile.span):
+                        multiply(i, turn * tile.ahead + i, tile.span)
+                for i in range(tile.ahead - 1):
+                    unit = rounds * tile.ahead + i
+                    with when(unit < units):
+                        multiply(i, unit, 1)
+                put(address, following[0])
+
+                with when(ids.thread < count):
+                    put(scale, own_scale[0], ids.thread)
+                    put(total, own_total[0], ids.thread)
+                    put(ratio, call("float32", "__fdiv_rn", common, own_scale[0]), ids.thread)
+                do("bc_store_bulk_read")
+                alike = variable(
+                    read("int32", "bc_agree", T.cast(other == common, "int32")), "int32"
+                )
+                features = [
+                    Feature(first_n + row + half * 8 + g, N, w_scale, bias, has_bias)
+                    for half in range(2)
+                ]
+
+                def shared_scale(value: Expr, token: Expr, half: int) -> Expr:
+                    scaled = T.cast(value - total[token], "float32") * ratio[token]
+                    return features[half].result(scaled)
+
+                def own_ratio(value: Expr, token: Expr, half: int) -> Expr:
+                    by = call("float32", "bc_ratio", features[half].scale[0], scale[token])
+                    scaled = T.cast(value - total[token], "float32") * by
+                    return features[half].result(scaled)
+
+                with when(T.And(direct != 0, alike[0] != 0)):
+                    lane_token = ids.lane % 8 + T.floordiv(ids.lane, 16) * 8
+                    lane_row = row + T.floordiv(ids.lane, 8) % 2 * 8
+                    to = call(
+                        "uint32", "bc_shared", at(room, out + lane_token * OUT_PITCH + lane_row * 2)
+                    )
+                    place_of = variable(to, "uint32")[0]
+                    four = local(4, "uint32")
+                    for j in range(0, count // 8, 2):
+                        for i in range(4):
+                            half, column = i % 2, j + i // 2
+                            pair = [
+                                shared_scale(
+                                    acc[column * 4 + half * 2 + e], column * 8 + c * 2 + e, half
+                                )
+                                for e in range(2)
+                            ]
+                            put(four, call("uint32", "bc_narrow2", *pair, type_y), i)
+                        do("bc_store_matrix4", place_of + T.uint32(j * 8 * OUT_PITCH), at(four, 0))
+                    do("bc_proxy_fence")
+                    do("bc_workers")
+                    m = first_m + ids.thread
+                    with when(T.And(ids.thread < count, m < M)):
+                        size = T.min(N - first_n, ROWS) * 2
+                        do("bc_store_bulk", y.data, (long(m) * N + first_n) * 2,
+                           at(room, out + ids.thread * OUT_PITCH), size)  # fmt: skip
+                with when(T.Or(direct == 0, alike[0] == 0)):
+                    begin = variable(T.floordiv(out, 4), "int32")[0]
+                    part = count // 2
+
+                    def results(first: int, by: Callable[[Expr, Expr, int], Expr]) -> None:
+                        for half in range(2):
+                            to = variable(
+                                begin + c * (2 * (ROWS + PAD)) + row + half * 8 + g, "int32"
+                            )
+                            for j in range(part // 8):
+                                for e in range(2):
+                                    value = acc[(first // 8 + j) * 4 + half * 2 + e]
+                                    result = by(value, first + j * 8 + c * 2 + e, half)
+                                    put(done, result, to[0] + (j * 8 + e) * (ROWS + PAD))
+
+                    for first in (0, part):
+                        with when(alike[0] != 0):
+                            results(first, shared_scale)
+                        with when(alike[0] == 0):
+                            results(first, own_ratio)
+                        do("bc_workers")
+                        finish(ids, done, begin, first_n, first_m + first, part, WORKERS, residual,
+                               y, M, N, type_y, has_residual)  # fmt: skip
+                        do("bc_workers")
+            do("bc_store_bulk_wait")
+
+        with T.If(warp < WORKERS // 32):
+            with T.Then():
+                do(f"bc_more_registers<{WORKER_REGISTERS}>")
+                work_on()
+            with T.Else():
+                do(f"bc_fewer_registers<{OTHER_REGISTERS}>")
+                with when(ids.thread == WORKERS):
+                    bring()
 
     return device_kernel(name, PARAMETERS, HOPPER_THREADS, body)

@@ -7,67 +7,90 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from bitcompile.targets.tir.cuda import decode, gemm, roof, rows
+from bitcompile.targets.tir.cuda import decode, fused, gemm, gemv, grouped, head, roof, rows
 from bitcompile.targets.tir.cuda.device import source
 
 
 @dataclass(frozen=True)
 class DeviceKernel:
-    """One kernel of the plugin; the order of the table is that of the enum in ``cuda_launch.h``."""
+    """One kernel of the plugin."""
 
     name: str
     generate: Callable[[str], Any]
     residents: int = 1
-    """Blocks that must fit a multiprocessor at once."""
+    """Blocks that must fit a multiprocessor at once, which bounds registers."""
     feature: str | None = None
     """Only for architectures whose name ends so: instructions that no other has."""
-    helpers: Callable[[], str] = str
 
 
-def _wgmma(tokens: int, residents: int) -> DeviceKernel:
-    return DeviceKernel(
-        f"bc_wgmma{tokens}",
-        partial(gemm.wgmma, count=tokens),
-        residents,
-        "90a",
-        partial(gemm.wgmma_source, tokens),
-    )
-
-
+TILES = (
+    gemm.Tile(tokens=256, stages=4, span=1),
+    gemm.Tile(tokens=192, stages=6, span=1),
+    gemm.Tile(tokens=128, stages=8, span=2),
+    gemm.Tile(tokens=96, stages=10, span=2),
+    gemm.Tile(tokens=64, stages=12, span=2),
+)
+GEMVS = tuple(
+    (f"bc_gemv{'_early' if early else ''}{'_extras' if extras else ''}", early, extras)
+    for early in (False, True) for extras in (False, True)
+)  # fmt: skip
+FUSED = tuple(
+    (f"bc_fused{turns}_{'wide' if wide else 'narrow'}{'_gate' if gate else ''}", turns, wide, gate)
+    for turns in fused.TURNS for wide in (False, True) for gate in (False, True)
+)  # fmt: skip
 KERNELS = (
     DeviceKernel("bc_rows", rows.rows),
     DeviceKernel("bc_any_rows", rows.any_rows),
-    DeviceKernel("bc_fused", partial(decode.decode, tokens=1, fused=True), 2),
-    DeviceKernel("bc_decode1", partial(decode.decode, tokens=1), 2),
+    *(DeviceKernel(name, partial(fused.fused, turns=turns, wide=wide, gate=gate), 2)
+      for name, turns, wide, gate in FUSED),
     DeviceKernel("bc_decode8", partial(decode.decode, tokens=8), 2),
     DeviceKernel("bc_decode16", partial(decode.decode, tokens=16)),
     DeviceKernel("bc_gemm", gemm.gemm, 2),
-    _wgmma(64, 2),
-    _wgmma(128, 2),
-    _wgmma(256, 1),
+    DeviceKernel("bc_grouped", grouped.grouped),
+    DeviceKernel("bc_head_quantize8", partial(head.head_quantize, bits=8)),
+    DeviceKernel("bc_head_quantize4", partial(head.head_quantize, bits=4)),
+    DeviceKernel("bc_head8", partial(head.head, bits=8), 2),
+    DeviceKernel("bc_head4", partial(head.head, bits=4), 2),
     DeviceKernel("bc_read", roof.read, 2),
-)
+    *(DeviceKernel(name, partial(gemv.gemv, early=early, extras=extras))
+      for name, early, extras in GEMVS),
+    *(DeviceKernel(tile.name, partial(gemm.wgmma, tile=tile), feature="90a")
+      for tile in TILES),
+)  # fmt: skip
 
 SIZES = {
     "BC_ROWS_THREADS": rows.THREADS,
     "BC_ROWS_PART": rows.PART,
     "BC_ROWS_LONGEST": rows.LONGEST,
+    "BC_FUSED_WARPS": fused.WARPS,
+    "BC_FUSED_AHEAD": fused.AHEAD,
+    "BC_FUSED_TURN": fused.THREADS * 4,
+    "BC_FUSED_LONGEST": fused.THREADS * 4 * max(fused.TURNS),
+    "BC_GEMV_AHEAD": gemv.AHEAD,
+    "BC_GEMV_LONGEST": gemv.LONGEST,
     "BC_DECODE_WARPS": decode.WARPS,
     "BC_DECODE_IN_FLIGHT": decode.IN_FLIGHT,
     "BC_DECODE_ROW_PAD": decode.ROW_PAD,
     "BC_GEMM_ROWS": gemm.ROWS,
-    "BC_GEMM_OUT_STRIDE": gemm.OUT_STRIDE,
+    "BC_GEMM_PAD": gemm.PAD,
     "BC_GEMM_THREADS": gemm.THREADS,
     "BC_GEMM_STAGES": gemm.STAGES,
     "BC_WGMMA_THREADS": gemm.HOPPER_THREADS,
+    "BC_GROUPED_WARPS": grouped.WARPS,
+    "BC_HEAD_THREADS": head.THREADS,
+    "BC_HEAD_ROWS": head.ROWS,
     "BC_READ_THREADS": roof.THREADS,
     "BC_READ_LOADS": roof.LOADS,
-    **{f"BC_WGMMA{tokens}_STAGES": count for tokens, count in gemm.HOPPER_STAGES.items()},
 }
 ARGUMENTS = {
     "rows": rows.PARAMETERS,
+    "fused": fused.PARAMETERS,
+    "gemv": gemv.PARAMETERS,
     "decode": decode.PARAMETERS,
     "gemm": gemm.PARAMETERS,
+    "grouped": grouped.PARAMETERS,
+    "head_quantize": head.QUANTISE_PARAMETERS,
+    "head": head.PARAMETERS,
     "read": roof.PARAMETERS,
 }
 
@@ -77,15 +100,25 @@ def kernel_source(arch: str) -> str:
     """CUDA C of the kernels that ``arch`` (such as ``80`` or ``90a``) has."""
     chosen = [k for k in KERNELS if k.feature is None or arch.endswith(k.feature)]
     functions = {kernel.name: kernel.generate(kernel.name) for kernel in chosen}
-    helpers = "".join(kernel.helpers() for kernel in chosen)
-    residents = {kernel.name: kernel.residents for kernel in chosen if kernel.residents > 1}
+    tokens = sorted({tile.tokens for tile in TILES}) if arch.endswith("90a") else ()
+    helpers = "".join(gemm.wgmma_source(count) for count in tokens)
+    residents = {kernel.name: kernel.residents for kernel in chosen}
     return source(functions, helpers, residents)
+
+
+def _tile(tile: gemm.Tile) -> tuple[str | int, ...]:
+    return tile.name.upper(), tile.tokens, gemm.HOPPER_THREADS, tile.shared
 
 
 def header() -> str:
     """``cuda_kernels.h``: sizes, and a structure of arguments for each kind of kernel."""
     lines = ["/* Generated by targets/tir/cuda/kernels.py. */", "enum {"]
     lines += [f"  {name} = {value}," for name, value in SIZES.items()] + ["};"]
+    lines += ["enum {", *(f"  {kernel.name.upper()}," for kernel in KERNELS), "};"]
+    ways = [(name.upper(), turns, int(wide), int(gate)) for name, turns, wide, gate in FUSED]
+    for name, values in (("FUSED_WAYS", ways), ("TILES", [_tile(tile) for tile in TILES])):
+        numbers = ", ".join("{" + ", ".join(map(str, value)) + "}" for value in values)
+        lines.append(f"#define BC_{name} {numbers}")
     for kind, parameters in ARGUMENTS.items():
         lines.append(f"typedef struct bc_{kind}_args {{")
         for name, dtype in parameters:

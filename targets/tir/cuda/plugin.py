@@ -73,7 +73,8 @@ def write_sources(folder: Path, images: Mapping[Image, bytes]) -> list[Path]:
         *layouts_source([CUDA_TILE.id]),
     ]
     names = ", ".join(f'"{kernel.name}"' for kernel in KERNELS)
-    table.append(f"const char *const bc_kernel_names[BC_CUDA_KERNELS] = {{{names}}};")
+    table.append(f"const char *const bc_kernel_names[] = {{{names}}};")
+    table.append(f"const int bc_kernel_count = {len(KERNELS)};")
     rows = []
     for image, code in images.items():
         file = folder / f"{image.name}.bin"

@@ -78,35 +78,48 @@ BC_INLINE void bc_load4(float* out, const void* p, int64_t i, int type) {
 #pragma unroll
   for (int j = 0; j < 4; j++) out[j] = bc_widen(h[j], type);
 }
-/* Words of four elements `first`, `first + stride`, ... of a row from element `base` on, all loads
- * under way before one is used; zeros from word `words` on. Rows begin at multiples of 4. */
-BC_INLINE void bc_load_row4(float* out, const void* p, int64_t base, int first, int stride, int words,
-                            int type) {
-  float4 wide[4];
-  uint2 narrow[4];
+/* COUNT words of four elements `first`, `first + stride`, ... of a row from element `base` on, all
+ * loads under way before one is used; zeros from word `words` on. Rows begin at multiples of 4. */
+template <int COUNT>
+BC_INLINE void bc_load_wide(float* out, const void* p, int64_t base, int first, int stride, int words) {
+  float4 wide[COUNT];
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
+  for (int i = 0; i < COUNT; i++) {
     wide[i] = make_float4(0, 0, 0, 0);
-    narrow[i] = make_uint2(0, 0);
-    if (first + i * stride >= words) continue;
-    if (type == 1)
+    if (first + i * stride < words)
       asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
                    : "=f"(wide[i].x), "=f"(wide[i].y), "=f"(wide[i].z), "=f"(wide[i].w)
                    : "l"((const float*)p + base + 4 * (first + i * stride)) : "memory");
-    else
+  }
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) *(float4*)(out + 4 * i) = wide[i];
+}
+template <int COUNT>
+BC_INLINE void bc_load_narrow(float* out, const void* p, int64_t base, int first, int stride,
+                              int words, int type) {
+  uint2 narrow[COUNT];
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    narrow[i] = make_uint2(0, 0);
+    if (first + i * stride < words)
       asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
                    : "=r"(narrow[i].x), "=r"(narrow[i].y)
                    : "l"((const uint16_t*)p + base + 4 * (first + i * stride)) : "memory");
   }
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    if (type != 1)
-      wide[i] = make_float4(bc_widen((uint16_t)narrow[i].x, type),
-                            bc_widen((uint16_t)(narrow[i].x >> 16), type),
-                            bc_widen((uint16_t)narrow[i].y, type),
-                            bc_widen((uint16_t)(narrow[i].y >> 16), type));
-    *(float4*)(out + 4 * i) = wide[i];
+  for (int i = 0; i < COUNT; i++) {
+    out[4 * i] = bc_widen((uint16_t)narrow[i].x, type);
+    out[4 * i + 1] = bc_widen((uint16_t)(narrow[i].x >> 16), type);
+    out[4 * i + 2] = bc_widen((uint16_t)narrow[i].y, type);
+    out[4 * i + 3] = bc_widen((uint16_t)(narrow[i].y >> 16), type);
   }
+}
+BC_INLINE void bc_load_row4(float* out, const void* p, int64_t base, int first, int stride, int words,
+                            int type) {
+  if (type == 1)
+    bc_load_wide<4>(out, p, base, first, stride, words);
+  else
+    bc_load_narrow<4>(out, p, base, first, stride, words, type);
 }
 BC_INLINE uint16_t bc_narrow(float v, int type) {
   uint16_t h;
@@ -133,10 +146,20 @@ BC_INLINE void bc_store4(void* p, int64_t i, const float* v, int type) {
   for (int j = 0; j < 4; j++) h[j] = bc_narrow(v[j], type);
   *(uint2*)((uint16_t*)p + i) = make_uint2(h[0] | (uint)h[1] << 16, h[2] | (uint)h[3] << 16);
 }
+/* Two values as 16-bit ones, the first in the lower half. */
+BC_INLINE uint bc_narrow2(float low, float high, int type) {
+  uint half, brain;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(half) : "f"(high), "f"(low));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(brain) : "f"(high), "f"(low));
+  return type == 16 ? brain : half;
+}
 BC_INLINE int bc_load_int(const int* p, int64_t i) {
   int v;
   asm volatile("ld.global.s32 %0, [%1];" : "=r"(v) : "l"(p + i) : "memory");
   return v;
+}
+BC_INLINE int bc_load_int_at(const void* p, int64_t byte) {
+  return bc_load_int((const int*)((const char*)p + byte), 0);
 }
 BC_INLINE void bc_put_int(void* p, int64_t byte, int v) { *(int*)((char*)p + byte) = v; }
 BC_INLINE void bc_load_int4(int* out, const void* p, int64_t byte) {
@@ -148,6 +171,7 @@ BC_INLINE void bc_load_int4(int* out, const void* p, int64_t byte) {
 /* ---- shared memory --------------------------------------------------------------------------- */
 
 BC_INLINE void bc_add_shared(int* p, int v) { atomicAdd(p, v); }
+BC_INLINE void bc_load_shared2(float* out, const float* p) { *(float2*)out = *(const float2*)p; }
 BC_INLINE void bc_load_shared4(float* out, const float* p) { *(float4*)out = *(const float4*)p; }
 BC_INLINE void bc_store_shared4(float* p, const float* v) { *(float4*)p = *(const float4*)v; }
 BC_INLINE uint bc_shared(const void* p) { return (uint)__cvta_generic_to_shared(p); }
@@ -157,6 +181,16 @@ BC_INLINE void bc_load_shared8(int* out, uint address) {
   asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[4]), "=r"(out[5]), "=r"(out[6]), "=r"(out[7])
                : "r"(address + 16) : "memory");
+}
+
+/* A unit of one token as operand B, the same in every column: word 2 t + i of lane l is word
+ * 8 t + 4 i + l % 4. `address`: that of piece l / 8. */
+BC_INLINE void bc_load_token(int* out, uint address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(address) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[4]), "=r"(out[5]), "=r"(out[6]), "=r"(out[7])
+               : "r"(address + 64) : "memory");
 }
 
 /* ---- constants: may be read before the wait -------------------------------------------------- */
@@ -177,6 +211,14 @@ BC_INLINE void bc_load_unit(uint* out, uint64_t address, int wanted) {
       : "l"(address), "r"(wanted) : "memory");
 }
 
+/* The same into shared memory, 16 bytes a lane. */
+BC_INLINE void bc_copy_unit(uint to, uint64_t address, int wanted) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n"
+      "@p cp.async.cg.shared.global.L2::256B [%0], [%1], 16;\n}"
+      ::"r"(to), "l"(address), "r"(wanted) : "memory");
+}
+
 /* ---- arithmetic ------------------------------------------------------------------------------ */
 
 /* rint(x * scale) in the int8 range; 0 for a NaN. */
@@ -186,6 +228,14 @@ BC_INLINE int bc_quantized(float x, float scale) {
 }
 BC_INLINE int bc_pack(int a, int b, int c, int d) {
   return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;
+}
+/* Four values with |x * scale| <= 127 (or NaN) as rint(x * scale), by adding 1.5 * 2**23. */
+BC_INLINE int bc_quantized4(const float* x, float scale) {
+  int q[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    q[i] = __float_as_int(__fadd_rn(__fmul_rn(x[i], scale), 12582912.0f));
+  return __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
 }
 BC_INLINE int bc_sum4(int a) {
   int d;
@@ -197,6 +247,16 @@ BC_INLINE int bc_dot_us(uint w, int a, int c) {
   asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(w), "r"(a), "r"(c));
   return d;
 }
+BC_INLINE int bc_dot_ss(int w, int a, int c) {
+  int d;
+  asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(w), "r"(a), "r"(c));
+  return d;
+}
+/* Four codes of a table less their zero point; 4-bit ones times 16, `part` 1 the upper of a byte. */
+BC_INLINE int bc_codes8(uint w, int part) { return (int)(w ^ 0x80808080u); }
+BC_INLINE int bc_codes4(uint w, int part) {
+  return (int)(((part ? w : w << 4) & 0xf0f0f0f0u) ^ 0x80808080u);
+}
 /* fl(a / b), given y = fl(1 / b): two Newton steps on the quotient leave it correctly rounded as long
  * as nothing under- or overflows (P. Markstein, IA-64 and Elementary Functions, 2000, ch. 8). */
 BC_INLINE float bc_divide(float a, float b, float y) {
@@ -206,6 +266,8 @@ BC_INLINE float bc_divide(float a, float b, float y) {
   q = __fmaf_rn(__fmaf_rn(-q, b, a), y, q);
   return __fmaf_rn(__fmaf_rn(-q, b, a), y, q);
 }
+
+BC_INLINE float bc_ratio(float a, float b) { return bc_divide(a, b, __frcp_rn(b)); }
 
 /* ---- tensor cores: 16 weights are a word of four 2-bit codes a byte -------------------------- */
 
@@ -218,33 +280,72 @@ BC_INLINE void bc_mma(int* d, uint w, int b0, int b1) {
       : "r"(w & 0x03030303u), "r"(w >> 2 & 0x03030303u), "r"(w >> 4 & 0x03030303u),
         "r"(w >> 6 & 0x03030303u), "r"(b0), "r"(b1));
 }
+/* d += w q for a lane's 16 weights: two rows, 32 columns. Masks alone: the sums of a code's place
+ * count 1, 4, 16 and 64 times. */
+BC_INLINE void bc_dot16(int* d, uint w, int b0, int b1) {
+  d[0] = bc_dot_us(w & 0x03030303u, b0, d[0]);
+  d[1] = bc_dot_us(w & 0x0c0c0c0cu, b0, d[1]);
+  d[2] = bc_dot_us(w & 0x30303030u, b1, d[2]);
+  d[3] = bc_dot_us(w & 0xc0c0c0c0u, b1, d[3]);
+}
+BC_INLINE void bc_mma_16(int* d, uint a0, uint a1, int b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
 /* The same without shifts: low += w q[0..15], high += w q[16..31], where rows 8 to 15 of low, and
  * rows of high, count 4, 16 and 64 times. */
-BC_INLINE void bc_mma_scaled(int* low, int* high, uint w, int b0, int b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-      "{%0, %1, %2, %3};"
-      : "+r"(low[0]), "+r"(low[1]), "+r"(low[2]), "+r"(low[3])
-      : "r"(w & 0x03030303u), "r"(w & 0x0c0c0c0cu), "r"(b0));
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-      "{%0, %1, %2, %3};"
-      : "+r"(high[0]), "+r"(high[1]), "+r"(high[2]), "+r"(high[3])
-      : "r"(w & 0x30303030u), "r"(w & 0xc0c0c0c0u), "r"(b1));
+BC_INLINE void bc_mma_low(int* d, uint w, int b) {
+  bc_mma_16(d, w & 0x03030303u, w & 0x0c0c0c0cu, b);
 }
+BC_INLINE void bc_mma_high(int* d, uint w, int b) {
+  bc_mma_16(d, w & 0x30303030u, w & 0xc0c0c0c0u, b);
+}
+BC_INLINE void bc_mma_scaled(int* low, int* high, uint w, int b0, int b1) {
+  bc_mma_low(low, w, b0);
+  bc_mma_high(high, w, b1);
+}
+/* d += the sums of the tokens, in every row. */
+BC_INLINE void bc_mma_ones(int* d, int b) { bc_mma_16(d, 0x01010101u, 0x01010101u, b); }
 BC_INLINE void bc_load_matrix4(int* r, const void* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(bc_shared(p)) : "memory");
 }
+/* Four 8x8 matrices of 16-bit values: a lane's two of a row become one of each of two columns. */
+BC_INLINE void bc_store_matrix4(uint address, const uint* r) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+#endif
+}
+BC_INLINE int bc_grid() { return (int)gridDim.x; }
 BC_INLINE void bc_copy_async16(void* to, const void* from, int64_t byte) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
                ::"r"(bc_shared(to)), "l"((const char*)from + byte) : "memory");
+}
+/* One token, `pieces` of 16 bytes. Through the L1 cache: many blocks of a multiprocessor read it. */
+BC_INLINE void bc_bring_token(void* to, const void* from, int first, int stride, int pieces) {
+#pragma unroll 1
+  for (int i = first; i < pieces; i += stride)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
+                 ::"r"(bc_shared(to) + i * 16),
+                   "l"((const char*)from + i * 16) : "memory");
 }
 BC_INLINE void bc_copy_async4(void* to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(bc_shared(to)), "l"(from) : "memory");
 }
 BC_INLINE void bc_copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 BC_INLINE void bc_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+BC_INLINE void bc_copy_wait_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+BC_INLINE void bc_load_shared_unit(uint* out, uint address) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(address) : "memory");
+}
 BC_INLINE void bc_copy_wait2() { asm volatile("cp.async.wait_group 2;" ::: "memory"); }
 
 /* ---- Hopper: bulk copies, barriers in shared memory, warpgroup products ---------------------- */
@@ -266,17 +367,56 @@ BC_INLINE void bc_barrier_wait(void* barrier, int parity) {
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n}" ::"r"(bc_shared(barrier)), "r"(parity) : "memory");
 }
-/* Copies `bytes` (a multiple of 16) and tells the barrier. */
-BC_INLINE void bc_copy_bulk(void* to, const void* from, int64_t byte, int bytes, void* barrier) {
+/* Registers of a thread, for a whole warpgroup. */
+template <int N>
+BC_INLINE void bc_more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+BC_INLINE void bc_fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+BC_INLINE void bc_barrier_expect(void* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bc_shared(barrier)),
                "r"(bytes) : "memory");
+}
+/* Copies `bytes` (a multiple of 16), of those that the barrier expects. */
+BC_INLINE void bc_copy_bulk(void* to, const void* from, int64_t byte, int bytes, void* barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
           bc_shared(to)), "l"((const char*)from + byte), "r"(bytes), "r"(bc_shared(barrier))
       : "memory");
 }
+BC_INLINE void bc_store_bulk(void* to, int64_t byte, const void* from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+               "cp.async.bulk.commit_group;" ::"l"((char*)to + byte), "r"(bc_shared(from)), "r"(bytes)
+               : "memory");
+}
+/* The thread's bulk stores have read shared memory, or are complete. */
+BC_INLINE void bc_store_bulk_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+BC_INLINE void bc_store_bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+BC_INLINE void bc_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+/* A barrier of the two warpgroups, and one that tells whether something holds for all of them. */
+BC_INLINE void bc_workers() { asm volatile("barrier.sync 1, 256;" ::: "memory"); }
+BC_INLINE int bc_agree(int holds) {
+  int all;
+  asm volatile(
+      "{\n.reg .pred p, r;\nsetp.ne.s32 p, %1, 0;\n"
+      "barrier.red.and.pred r, 1, 256, p;\nselp.s32 %0, 1, 0, r;\n}"
+      : "=r"(all) : "r"(holds) : "memory");
+  return all;
+}
 /* Bytes from p to the next multiple of 1024 in shared memory. */
 BC_INLINE int bc_to_kilobyte(const void* p) { return (int)(-bc_shared(p) & 1023); }
+/* One warpgroup after the other has the tensor cores: wait for the own turn, give the other one its. */
+BC_INLINE void bc_take_turn(int group) {
+  asm volatile("barrier.sync %0, 256;" ::"r"(2 + group) : "memory");
+}
+BC_INLINE void bc_pass_turn(int group) {
+  asm volatile("barrier.arrive %0, 256;" ::"r"(3 - group) : "memory");
+}
+/* Ends all groups of products but the last. */
+BC_INLINE void bc_wgmma_wait_last() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
 /* Operand B in shared memory: rows of 128 bytes in the 128-byte swizzle, 8 rows a kilobyte. */
 BC_INLINE uint64_t bc_describe(const void* p) {
   return (uint64_t)(bc_shared(p) >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;

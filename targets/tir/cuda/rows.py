@@ -26,7 +26,7 @@ from bitcompile.targets.tir.cuda.device import (
     variable,
     view,
 )
-from bitcompile.targets.tir.cuda.tile import TOKEN_UNIT, TOKENS, UNIT_COLUMNS
+from bitcompile.targets.tir.cuda.tile import TOKENS, UNIT_COLUMNS
 from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, when
 from bitcompile.targets.tir.gates import GATES
 
@@ -68,7 +68,7 @@ def tree(low: Expr, high: Expr) -> Expr:
 def reciprocal_rms(total: Expr, K: Expr, eps: Expr) -> Expr:
     """``fl(1 / sqrt(fl(total / K) + eps))``."""
     mean = call("float32", "__fdiv_rn", total, T.cast(K, "float32"))
-    return call("float32", "__fdiv_rn", T.float32(1), call("float32", "__fsqrt_rn", mean + eps))
+    return call("float32", "__frcp_rn", call("float32", "__fsqrt_rn", mean + eps))
 
 
 def magnitude(value: Expr) -> Expr:
@@ -76,11 +76,11 @@ def magnitude(value: Expr) -> Expr:
     return T.bitwise_and(call("int32", "__float_as_int", value), T.int32(0x7FFFFFFF))
 
 
-def row_scale(bits: Expr) -> tuple[Expr, Expr]:
+def row_scale(bits: Expr, limit: float = 127.0) -> tuple[Expr, Expr]:
     """Scale for the values of a row (0 if it holds NaN or Inf) and the one that is stored (NaN)."""
     floor = numerics.AMAX_FLOOR.view("int32").item()
     amax = call("float32", "__int_as_float", T.max(bits, T.int32(floor)))
-    scale = call("float32", "__fdiv_rn", T.float32(1), amax) * T.float32(127)
+    scale = call("float32", "__frcp_rn", amax) * T.float32(limit)
     used = variable(scale, "float32")
     kept = variable(used[0], "float32")
     with when(bits >= INF_BITS):
@@ -89,12 +89,12 @@ def row_scale(bits: Expr) -> tuple[Expr, Expr]:
     return used[0], kept[0]
 
 
-def place(m: Expr, k: Expr, token_groups: Expr) -> Expr:
+def place(m: Expr, k: Expr, token_groups: Expr, unit_bytes: Expr) -> Expr:
     """Byte of token ``m``, column ``k`` in the quantised activations (see :mod:`tile`)."""
     row = m % TOKENS
     unit = T.floordiv(k, UNIT_COLUMNS) * token_groups + T.floordiv(m, TOKENS)
     piece = T.bitwise_xor(T.floordiv(k % UNIT_COLUMNS, 16), row)
-    return long(unit) * TOKEN_UNIT + row * UNIT_COLUMNS + piece * 16 + k % 16
+    return long(unit) * unit_bytes + row * UNIT_COLUMNS + piece * 16 + k % 16
 
 
 def each(ids: Ids, count: Expr, action: Callable[[Expr], None], stride: int = THREADS) -> None:
@@ -144,7 +144,9 @@ def _rstd(ids: Ids, row: Row, K: Expr, eps: Expr) -> Expr:
 
 PARAMETERS = [
     ("x", "uint8*"), ("gamma", "float32*"), ("q", "uint8*"), ("s", "float32*"), ("qsum", "int32*"),
-    *((name, "int32") for name in ("K", "Kp", "token_groups", "type", "has_norm", "activation")),
+    *((name, "int32") for name in (
+        "K", "Kp", "token_groups", "unit_bytes", "type", "has_norm", "activation",
+    )),
     ("eps", "float32"),
 ]  # fmt: skip
 
@@ -155,12 +157,12 @@ def any_rows(name: str) -> Any:
     Rows of ``x``: gate (``activation`` >= 0), norm (``has_norm``), quantise.
 
     ``x``: ``[M, K]`` of an element type, or float32 ``[M, 2K]`` if there is a gate. ``q``: int8 in
-    units, zeros from column K to Kp; ``s``, ``qsum``: ``[M]``. Grid: M blocks.
+    units of ``unit_bytes``, zeros from column K to Kp; ``s``, ``qsum``: ``[M]``. Grid: M blocks.
     """
 
     def body(ids: Ids, x: Buffer, gamma: Buffer, q: Buffer, s: Buffer, qsum: Buffer, K: Expr,
-             Kp: Expr, token_groups: Expr, type: Expr, has_norm: Expr, activation: Expr,
-             eps: Expr) -> None:  # fmt: skip
+             Kp: Expr, token_groups: Expr, unit_bytes: Expr, type: Expr, has_norm: Expr,
+             activation: Expr, eps: Expr) -> None:  # fmt: skip
         m = ids.block_x
         most, sums = shared(WARPS, "int32"), shared(WARPS, "int32")
         do("bc_let_next_start")
@@ -201,7 +203,7 @@ def any_rows(name: str) -> Any:
                     put(parts, call("int32", "bc_quantized", normed(i * 4 + j), scale), j)
             word = variable(call("int32", "bc_pack", *(parts[j] for j in range(4))), "int32")
             put(total, total[0] + call("int32", "bc_sum4", word[0]))
-            do("bc_put_int", q.data, place(m, i * 4, token_groups), word[0])
+            do("bc_put_int", q.data, place(m, i * 4, token_groups, unit_bytes), word[0])
 
         each(ids, T.floordiv(Kp, 4), four)
         put(total, call("int32", "__reduce_add_sync", T.uint32(0xFFFFFFFF), total[0]))
@@ -252,8 +254,8 @@ def rows(name: str) -> Any:
     """
 
     def body(ids: Ids, x: Buffer, gamma: Buffer, q: Buffer, s: Buffer, qsum: Buffer, K: Expr,
-             Kp: Expr, token_groups: Expr, type: Expr, has_norm: Expr, activation: Expr,
-             eps: Expr) -> None:  # fmt: skip
+             Kp: Expr, token_groups: Expr, unit_bytes: Expr, type: Expr, has_norm: Expr,
+             activation: Expr, eps: Expr) -> None:  # fmt: skip
         m = ids.block_x
         most, sums = shared(WARPS, "int32"), shared(WARPS, "int32")
         norm = shared(1, "float32")
@@ -316,7 +318,7 @@ def rows(name: str) -> Any:
                 parts = [call("int32", "bc_quantized", held[turn * 4 + j], scale) for j in range(4)]
                 packed = variable(call("int32", "bc_pack", *parts), "int32")
                 put(total, total[0] + call("int32", "bc_sum4", packed[0]))
-                do("bc_put_int", q.data, place(m, word * 4, token_groups), packed[0])
+                do("bc_put_int", q.data, place(m, word * 4, token_groups, unit_bytes), packed[0])
         put(total, call("int32", "__reduce_add_sync", T.uint32(0xFFFFFFFF), total[0]))
         with when(ids.lane == 0):
             put(sums, total[0], ids.warp)

@@ -7,7 +7,8 @@ of 32 columns; bit pair f of a word's bytes is row ``lane / 4 + 8 (f % 2)``, col
 
 Quantised activations lie in units too: ``q[K / 128][M / 8]``, 8 tokens by 128 columns, 1024 bytes;
 the 16-byte piece p of token r stands at place ``p ^ r`` of its row, as Hopper's 128-byte swizzle
-has it, so that a tile of tokens is one contiguous copy into shared memory.
+has it, so that a tile of tokens is one contiguous copy into shared memory. One token that goes to
+:mod:`gemv` is in plain order.
 """
 
 from __future__ import annotations
