@@ -17,6 +17,7 @@ import numpy as np
 
 from bitcompile import runtime
 from bitcompile.artifact import Artifact, Progress, silent
+from bitcompile.companions import PROVIDERS
 from bitcompile.errors import InputError, ToolchainError, UsageError
 from bitcompile.opset import DOMAIN, IR_VERSION, ONNX_OPSET
 
@@ -104,11 +105,16 @@ def bench(
     when decoding begins (None: the prefill's); ``batch``: sequences decoded together, whose tokens
     all count; ``ops``: also the time of each kind of operator (:mod:`bitcompile.bench_ops`). Rates
     are medians. Raises InputError for an artifact without a language model, UsageError for sizes it
-    cannot hold, ToolchainError if the onnx package (for the roofs' models) is missing.
+    cannot hold, ToolchainError for a CUDA artifact or if the onnx package (for the roofs' models)
+    is missing.
     """
     language = artifact.manifest["language"]
     if language is None:
         raise InputError("bench measures language models; this artifact has no decoder")
+    if artifact.manifest["target"]["device"] in PROVIDERS:
+        raise ToolchainError(
+            "bench measures CPUs and OpenCL devices; tests/gpu of the source measures CUDA"
+        )
     if min(prefill, decode, repeat, batch) < 1:
         raise UsageError("prefill, decode, repeat and batch must be 1 or more")
     start = prefill if context is None else context
