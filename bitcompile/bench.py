@@ -17,6 +17,7 @@ import numpy as np
 
 from bitcompile import runtime
 from bitcompile.artifact import Artifact, Progress, silent
+from bitcompile.companions import PROVIDERS
 from bitcompile.errors import InputError, ToolchainError, UsageError
 from bitcompile.opset import DOMAIN, IR_VERSION, ONNX_OPSET
 
@@ -53,7 +54,20 @@ class Decoder:
                 buffer = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
                 self._binding.bind_ortvalue_input(f"past_key_values.{i}.{part}", buffer)
                 self._binding.bind_ortvalue_output(f"present.{i}.{part}", buffer)
-        self._binding.bind_output("logits", "cpu")
+        self._logits = self._bind_logits(session, language["vocab_size"])
+
+    def _bind_logits(self, session: Any, size: int) -> np.ndarray[Any, Any] | None:
+        """The memory that takes the last token's logits; None where every token has some."""
+        import onnxruntime
+
+        (shape,) = (y.shape for y in session.get_outputs() if y.name == "logits")
+        if shape[1] != 1:
+            self._binding.bind_output("logits", "cpu")
+            return None
+        logits = np.empty((self.batch, 1, size), np.float32)
+        memory = onnxruntime.OrtValue.ortvalue_from_numpy(logits)
+        self._binding.bind_ortvalue_output("logits", memory)
+        return logits
 
     def reset(self, length: int = 0) -> None:
         """Forget the sequences; as if ``length`` tokens had been fed, whatever the cache holds."""
@@ -67,7 +81,9 @@ class Decoder:
         mask = np.ones((self.batch, self._length), np.int64)
         self._binding.bind_cpu_input("attention_mask", mask)
         self._session.run_with_iobinding(self._binding)
-        logits = self._binding.get_outputs()[-1].numpy()
+        logits = self._logits
+        if logits is None:
+            logits = self._binding.get_outputs()[-1].numpy()
         return int(logits[0, -1].argmax())
 
 
@@ -89,11 +105,16 @@ def bench(
     when decoding begins (None: the prefill's); ``batch``: sequences decoded together, whose tokens
     all count; ``ops``: also the time of each kind of operator (:mod:`bitcompile.bench_ops`). Rates
     are medians. Raises InputError for an artifact without a language model, UsageError for sizes it
-    cannot hold, ToolchainError if the onnx package (for the roofs' models) is missing.
+    cannot hold, ToolchainError for a CUDA artifact or if the onnx package (for the roofs' models)
+    is missing.
     """
     language = artifact.manifest["language"]
     if language is None:
         raise InputError("bench measures language models; this artifact has no decoder")
+    if artifact.manifest["target"]["device"] in PROVIDERS:
+        raise ToolchainError(
+            "bench measures CPUs and OpenCL devices; tests/gpu of the source measures CUDA"
+        )
     if min(prefill, decode, repeat, batch) < 1:
         raise UsageError("prefill, decode, repeat and batch must be 1 or more")
     start = prefill if context is None else context

@@ -131,9 +131,15 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _debug = click.option(
     "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."
 )
-_threads = click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads [default: the runtime's choice]."
-)
+MOST_THREADS = 1024
+"""More are a mistake, and onnxruntime cannot be interrupted while it starts them."""
+
+
+def _threads(default: str) -> Callable[[Command], Command]:
+    count = click.IntRange(min=1, max=MOST_THREADS)
+    return click.option("--threads", type=count, help=f"Threads [default: {default}].")
+
+
 _artifact = click.argument("artifact", metavar="ARTIFACT", type=click.Path(path_type=Path))
 
 
@@ -267,7 +273,11 @@ def _print_built(made: Artifact, before: int | None, after: int, seconds: float)
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="The .onnx file to write."
 )
-@click.option("--context", type=click.IntRange(min=1), help="Tokens of the KV cache.")
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="Tokens of the KV cache [default: 4096 or the model's limit].",
+)
 @click.option(
     "--i2s-order",
     type=click.Choice(tuple(I2S_ORDERS)),
@@ -313,7 +323,7 @@ def export(model: str, out: Path, context: int | None, i2s_order: str | None, fo
 )
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--check/--no-check", default=True, help="Check the files' SHA-256 first.")
-@_threads
+@_threads("the runtime's choice")
 @_debug
 def run(
     artifact: Path,
@@ -387,6 +397,8 @@ def verify(artifact: Path, isa: str | None, fallback: bool, as_json: bool) -> No
     """Check that ARTIFACT is undamaged and computes what its model means."""
     from bitcompile import verification
 
+    if fallback and isa is not None:
+        raise UsageError("--isa names a variant of the plugin, which --fallback leaves out")
     opened = Artifact.open(artifact)
     isas = verification.variants(opened) if isa == "all" else [isa]
     with _progress() as progress:
@@ -449,7 +461,7 @@ def verify(artifact: Path, isa: str | None, fallback: bool, as_json: bool) -> No
     type=click.Path(path_type=Path, dir_okay=False),
     help="Draw the result into a .png or .svg file (needs matplotlib).",
 )
-@_threads
+@_threads("every CPU this process may use")
 @_json
 @_debug
 def bench(
@@ -515,7 +527,7 @@ def _operator_table(operators: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     show_default=True,
     help="Repeats; medians count.",
 )
-@_threads
+@_threads("every CPU this process may use")
 @_json
 @_debug
 def tune(out: Path | None, repeat: int, threads: int | None, as_json: bool) -> None:

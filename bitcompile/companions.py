@@ -246,6 +246,7 @@ Prompts, and every call if the GPU has memory of its own; the CPU computes the r
 where there is no GPU, to the same numbers. `calibrate` measures both on a phone:
 
 ```console
+$ adb shell mkdir -p /data/local/tmp/bitcompile
 $ adb push calibrate calibrate.txt {library} /data/local/tmp/bitcompile/
 $ adb shell 'cd /data/local/tmp/bitcompile && chmod 755 calibrate && ./calibrate -t 4 .'
 ```

@@ -57,7 +57,8 @@ def tune(
     chosen ``gemv`` and ``gemm``, and ``candidates``: ``kind``, ``layout``, ``point`` and ``rate``
     (bytes or multiply-accumulates a second) of each, the machine's roofs (kinds ``read`` and
     ``dot``) among them. Raises ToolchainError without the build tools or for a machine that is no
-    x86-64 Linux, VerificationError if a schedule changes a result.
+    x86-64 Linux, InputError or UsageError, before anything is measured, for a file that cannot be
+    read or written, VerificationError if a schedule changes a result.
     """
     from bitcompile.targets import resolve
 
@@ -71,6 +72,8 @@ def tune(
     from bitcompile.targets.tir.space import compile_space
     from bitcompile.targets.tir.x86 import ISAS
 
+    out = out or cache_dir() / presets.NAME
+    presets.prepare(out)
     flags = {flag.replace("_", "") for flag in cpu_flags()}
     isa = next(isa for isa in ISAS if flags.issuperset(isa.features))
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +85,7 @@ def tune(
         spec["threads"] = threads or len(os.sched_getaffinity(0))
         results = _in_child(spec, Path(folder) / "spec.json")
     chosen = choose(calls, results)
-    presets.remember(out or cache_dir() / presets.NAME, cpu_model(), isa.name, chosen)
+    presets.remember(out, cpu_model(), isa.name, chosen)
     return {"cpu": cpu_model(), "isa": isa.name, **chosen, "candidates": rates(calls, results)}
 
 
@@ -169,15 +172,17 @@ class _Memory:
         self._held = ""
 
     def weights(self, id: str) -> int:
-        """Fill with random weights of a layout; the number of 16-row tiles that fit."""
+        """Fill with random weights of a layout; the number of 16-row tiles that fit.
+
+        Costs nothing where they are there already: timed calls ask for them too.
+        """
         tile = layout(id)
-        K = COLUMNS
-        rng = np.random.default_rng(0)
-        codes = rng.integers(0, 3, (BLOCK_ROWS, K)).astype(np.uint8)
-        block = tile.encode(codes).ravel()
-        count = len(self.bytes) // len(block)
+        size = BLOCK_ROWS // tile.tile_n * -(-COLUMNS // tile.tile_k) * tile.tile_bytes
+        count = len(self.bytes) // size
         if self._held != id:
-            self.bytes[: count * len(block)].reshape(count, -1)[:] = block
+            codes = np.random.default_rng(0).integers(0, 3, (BLOCK_ROWS, COLUMNS))
+            block = tile.encode(codes.astype(np.uint8)).ravel()
+            self.bytes[: count * size].reshape(count, size)[:] = block
             self._held = id
         return count * BLOCK_ROWS // tile.tile_n
 

@@ -156,6 +156,7 @@ def test_run_of_tensors(run: Run, artifact: Path, tmp_path: Path) -> None:
         ("--prompt", "x", "--temperature", "-1"),
         ("--prompt", "x", "-n", "0"),
         ("--prompt", "x", "--threads", "0"),
+        ("--prompt", "x", "--threads", "100000"),
         ("--prompt", "x", "--unknown"),
     ],
 )
@@ -230,6 +231,7 @@ def test_verify(run: Run, artifact: Path) -> None:
     report = json.loads(run("verify", artifact, "--json", "--fallback").out)
     assert report["cosine"] is None
     assert len(json.loads(run("verify", artifact, "--json", "--isa", "all").out)) >= 1
+    assert run("verify", artifact, "--fallback", "--isa", "portable").code == 2
 
 
 def test_a_failed_verification_exits_with_1(

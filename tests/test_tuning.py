@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bitcompile import tuning
-from bitcompile.errors import InputError, VerificationError
+from bitcompile.errors import InputError, UsageError, VerificationError
 from bitcompile.targets import machine, x86
 from bitcompile.targets.tir import presets
 from tests.tools import require
@@ -92,6 +92,17 @@ def test_schedules_are_remembered_by_cpu(tmp_path: Path, monkeypatch: pytest.Mon
     own.write_text("[")
     with pytest.raises(InputError, match="delete it and tune again"):
         presets.for_this_cpu(own)
+    own.write_text('{"Maker-1-2": 1}')
+    with pytest.raises(InputError, match="delete it and tune again"):
+        presets.for_this_cpu(own)
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_measuring(tmp_path: Path) -> None:
+    presets.prepare(tmp_path / "new" / presets.NAME)
+    assert not (tmp_path / "new" / presets.NAME).exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="choose another output"):
+        presets.prepare(tmp_path / "file" / presets.NAME)
 
 
 def test_presets_change_the_schedule_and_nothing_else() -> None:

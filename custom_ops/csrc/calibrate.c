@@ -243,7 +243,7 @@ static const char *measure_kind(const Host *hosts, Kind *kind, const Options *o)
     for (int c = 0; c < bench.copies && !failure; c++)
       failure = bc_host_create(&hosts[place], &bench.copy[c], &bench.kernel[place][c]);
   for (int phase = 0; phase < PHASES && !failure; phase++) {
-    double seconds[PLACES];
+    double seconds[PLACES] = {0};
     int64_t M = phase == DECODE ? 1 : o->prompt;
     open_call(&bench, &kind->node, M);
     int wrong = measure(hosts, &bench, o->seconds, seconds);

@@ -77,8 +77,7 @@ static const char *load_driver(void) {
   void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (!library)
     return "no NVIDIA driver (libcuda.so.1) on this machine: install it, or build the artifact "
-           "with "
-           "--target native";
+           "with --target native";
 #define FIND(name, parameters)                  \
   *(void **)&cuda.name = dlsym(library, #name); \
   if (!cuda.name) return "the NVIDIA driver lacks " #name ": install driver 550 or newer";
@@ -145,7 +144,9 @@ static const char *prepare(bc_gpu *gpu) {
 
 const bc_gpu *bc_cuda_gpu(const char **error) {
   int device = 0, result = cuda.cuCtxGetDevice(&device);
-  *error = result ? bc_cuda_error(result) : device >= cuda.count ? "too many GPUs" : NULL;
+  *error = result                 ? bc_cuda_error(result)
+           : device >= cuda.count ? "too many GPUs: name some in CUDA_VISIBLE_DEVICES"
+                                  : NULL;
   if (*error) return NULL;
   while (atomic_flag_test_and_set(&lock)) continue;
   if (!cuda.gpu[device].ready) *error = prepare(&cuda.gpu[device]);

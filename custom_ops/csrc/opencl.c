@@ -42,8 +42,11 @@ static Cl *shared_device;
 /* Says once why the CPU does the device's work. */
 static void say_fallback(const char *why) {
   static int said;
-  if (said) return;
+  pthread_mutex_lock(&lock);
+  int again = said;
   said = 1;
+  pthread_mutex_unlock(&lock);
+  if (again) return;
   fprintf(stderr, "bitcompile: %s; the CPU kernels take over\n", why);
 }
 

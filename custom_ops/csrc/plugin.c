@@ -59,7 +59,13 @@ static BcStatus *check_attributes(Kernel *k, const BcInfo *info) {
   const BcApi *api = k->api;
   const char *name = k->spec->name;
   char text[64];
-  if (k->op == BC_ROOF) return NULL;
+  if (k->op == BC_ROOF) {
+    if (k->kind >= 0 && k->kind <= 2 && k->steps >= 1 && k->steps <= INT32_MAX) return NULL;
+    return bc_fail(api, BC_INVALID_ARGUMENT,
+                   "bitcompile::Roof: kind = %lld, steps = %lld; kind must be 0..2 and steps 1 or "
+                   "more",
+                   (long long)k->kind, (long long)k->steps);
+  }
   if (k->K < 1 || k->N < 1 || k->K > MAX_K || k->N > MAX_N)
     return bc_fail(api, BC_INVALID_ARGUMENT,
                    "bitcompile::%s: K = %lld, N = %lld; K must be 1..%d and N "

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitcompile.errors import InputError
+from bitcompile.errors import InputError, writing
 from bitcompile.targets.machine import cpu_model
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def read(path: Path) -> Presets:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path} ({error}): delete it and tune again") from None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
         raise InputError(f"{path} is no presets file: delete it and tune again")
     return found
 
@@ -59,9 +59,21 @@ def tuned(isas: Iterable[Isa], presets: Mapping[str, Mapping[str, Any]]) -> tupl
     return tuple(made)
 
 
+def prepare(path: Path) -> None:
+    """Raises InputError for a damaged file, UsageError for one that cannot be written."""
+    read(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        path.open("a").close()
+        if new:
+            path.unlink()
+
+
 def remember(path: Path, cpu: str, isa: str, schedules: Mapping[str, Any]) -> None:
     """Put the schedules of one instruction set of one CPU into a file."""
     held = read(path)
     held.setdefault(cpu, {})[isa] = dict(schedules)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(held, indent=2, sort_keys=True) + "\n", "utf-8")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(held, indent=2, sort_keys=True) + "\n", "utf-8")
