@@ -18,7 +18,8 @@ import pytest
 
 from bitcompile import inspection, numerics
 from bitcompile.artifact import DATA, Artifact
-from bitcompile.errors import UsageError
+from bitcompile.bench import bench
+from bitcompile.errors import ToolchainError, UsageError
 from bitcompile.targets import TARGETS, resolve
 from bitcompile.targets.adreno import SCHEDULES as ADRENO
 from bitcompile.targets.mali import SCHEDULES as MALI
@@ -214,6 +215,13 @@ def test_its_artifact_says_what_the_host_needs(gpu: str, host: str, tmp_path: Pa
     assert (made.path / "calibrate").stat().st_mode & 0o111
     alone = resolve(gpu, host, {"fallback": "none"})
     assert not any("calibrate" in section for section in alone.guide)
+
+
+def test_bench_says_that_a_plugin_without_cpu_kernels_has_no_roofs(tmp_path: Path) -> None:
+    tools.opencl_driver()
+    made = artifacts.write(tmp_path / "out", target="opencl", choices={"fallback": "none"})
+    with pytest.raises(ToolchainError, match=r"no roofs here: .*no CPU kernels to measure"):
+        bench(made, prefill=8, decode=4, threads=1)
 
 
 # --- the host -----------------------------------------------------------------------------------
