@@ -263,7 +263,8 @@ def test_without_a_chosen_cache_it_lies_with_the_user_or_the_plugin(
     copy.parent.mkdir()
     shutil.copyfile(alone, copy)
     places = {"BITCOMPILE_CACHE": "", "POCL_CACHE_DIR": str(tmp_path)}  # PoCL itself needs one
-    report, _ = run(copy, **places, XDG_CACHE_HOME=str(tmp_path / "xdg"))
+    home = {"XDG_CACHE_HOME": str(tmp_path / "xdg"), "HOME": str(tmp_path)}
+    report, _ = run(copy, **places, **home)
     assert report["exact"]
     assert len(list((tmp_path / "xdg" / "bitcompile").glob("opencl-*.bin"))) == 1
     report, _ = run(copy, **places, XDG_CACHE_HOME="/dev/null", HOME="/dev/null")
