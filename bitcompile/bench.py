@@ -105,8 +105,8 @@ def bench(
     when decoding begins (None: the prefill's); ``batch``: sequences decoded together, whose tokens
     all count; ``ops``: also the time of each kind of operator (:mod:`bitcompile.bench_ops`). Rates
     are medians. Raises InputError for an artifact without a language model, UsageError for sizes it
-    cannot hold, ToolchainError for a CUDA artifact or if the onnx package (for the roofs' models)
-    is missing.
+    cannot hold, ToolchainError for a plugin without CPU kernels or if the onnx package (for the
+    roofs' models) is missing.
     """
     language = artifact.manifest["language"]
     if language is None:
@@ -278,7 +278,11 @@ class Roofs:
         self._read = _roof_session(artifact, threads, kind=0, steps=1)
         self._dot = _roof_session(artifact, threads, kind=1, steps=DOT_STEPS)
         self._seed = np.full(256, 0x55, np.uint8)
-        about = _roof_session(artifact, threads, kind=2, steps=1).run(None, {"data": self._seed})
+        asked = _roof_session(artifact, threads, kind=2, steps=1)
+        try:
+            about = asked.run(None, {"data": self._seed})
+        except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            raise ToolchainError(f"bench has no roofs here: {runtime.one_line(error)}") from error
         text = about[0].tobytes().rstrip(b"\0").decode("ascii")
         self.isa, macs_per_step, tasks = text.split()[0], *map(int, text.split()[1:])
         """Kernel variant the plugin chose."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -89,11 +90,15 @@ def _quieten(table: ir.Value) -> None:
 
 
 def lowered(
-    source: Imported, options: passing.Options, target: str = "native", host: str | None = None
+    source: Imported,
+    options: passing.Options,
+    target: str = "native",
+    host: str | None = None,
+    choices: Mapping[str, str] | None = None,
 ) -> Lowered:
     """The model of ``source``, fused and lowered."""
     passing.run(source.graph, pipeline(options))
-    result = lower(source.graph, resolve(target, host))
+    result = lower(source.graph, resolve(target, host, choices))
     passing.run(result.graph, finishing())
     return result
 
@@ -108,10 +113,11 @@ def write(
     config: Decoder = CONFIG,
     target: str = "native",
     host: str | None = None,
+    choices: Mapping[str, str] | None = None,
 ) -> Artifact:
     """A complete artifact in ``folder``."""
     source = imported(folder.parent / "tokenizer", chat, config)
-    result = lowered(source, passing.Options(head, logits), target, host)
+    result = lowered(source, passing.Options(head, logits), target, host, choices)
     with artifact.staged(folder, force) as stage:
         artifact.write(
             stage,

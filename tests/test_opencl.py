@@ -18,7 +18,8 @@ import pytest
 
 from bitcompile import inspection, numerics
 from bitcompile.artifact import DATA, Artifact
-from bitcompile.errors import UsageError
+from bitcompile.bench import bench
+from bitcompile.errors import ToolchainError, UsageError
 from bitcompile.targets import TARGETS, resolve
 from bitcompile.targets.adreno import SCHEDULES as ADRENO
 from bitcompile.targets.mali import SCHEDULES as MALI
@@ -216,6 +217,13 @@ def test_its_artifact_says_what_the_host_needs(gpu: str, host: str, tmp_path: Pa
     assert not any("calibrate" in section for section in alone.guide)
 
 
+def test_bench_says_that_a_plugin_without_cpu_kernels_has_no_roofs(tmp_path: Path) -> None:
+    tools.opencl_driver()
+    made = artifacts.write(tmp_path / "out", target="opencl", choices={"fallback": "none"})
+    with pytest.raises(ToolchainError, match=r"no roofs here: .*no CPU kernels to measure"):
+        bench(made, prefill=8, decode=4, threads=1)
+
+
 # --- the host -----------------------------------------------------------------------------------
 
 
@@ -255,7 +263,8 @@ def test_without_a_chosen_cache_it_lies_with_the_user_or_the_plugin(
     copy.parent.mkdir()
     shutil.copyfile(alone, copy)
     places = {"BITCOMPILE_CACHE": "", "POCL_CACHE_DIR": str(tmp_path)}  # PoCL itself needs one
-    report, _ = run(copy, **places, XDG_CACHE_HOME=str(tmp_path / "xdg"))
+    home = {"XDG_CACHE_HOME": str(tmp_path / "xdg"), "HOME": str(tmp_path)}
+    report, _ = run(copy, **places, **home)
     assert report["exact"]
     assert len(list((tmp_path / "xdg" / "bitcompile").glob("opencl-*.bin"))) == 1
     report, _ = run(copy, **places, XDG_CACHE_HOME="/dev/null", HOME="/dev/null")
