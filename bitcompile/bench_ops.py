@@ -13,6 +13,7 @@ import numpy as np
 
 from bitcompile import runtime
 from bitcompile.artifact import Artifact
+from bitcompile.decoder import Decoder, kv_bytes
 
 STEPS = 24
 """Decoded tokens of a profile; the first third warms up."""
@@ -31,8 +32,6 @@ def measure_operators(
     about a microsecond a node.
     """
     import onnxruntime
-
-    from bitcompile.bench import Decoder, kv_bytes
 
     language = artifact.manifest["language"]
     with tempfile.TemporaryDirectory() as folder:

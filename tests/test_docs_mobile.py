@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bitcompile.bench import kv_bytes
 from bitcompile.custom_ops.head_linear import BLOCK
+from bitcompile.decoder import kv_bytes
 
 PAGE = (Path(__file__).parents[1] / "docs" / "mobile.md").read_text("utf-8")
 LAYERS, HIDDEN, VOCABULARY, FFN = 30, 2560, 128256, 6912

@@ -18,7 +18,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from bitcompile.artifact import Artifact
-from bitcompile.bench import kv_bytes
+from bitcompile.decoder import kv_bytes
 from bitcompile.targets import TARGETS
 from tests import embedding
 from tests.embedding import EXAMPLES, MODEL, REFERENCE, X86, prompt, zig

@@ -15,7 +15,7 @@ import pytest
 
 import bitcompile
 from bitcompile.artifact import Artifact
-from bitcompile.bench import kv_bytes
+from bitcompile.decoder import kv_bytes
 from bitcompile.verification import empty_caches, step
 from tests import embedding
 from tests.embedding import COUNT, REFERENCE, STRICT, X86, C, prompt, zig
