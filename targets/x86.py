@@ -20,7 +20,7 @@ TRIPLE = "x86_64-linux-gnu.2.17"
 NAMES = ("avx512-vbmi", "avx512-vnni", "avx-vnni", "avx2", "portable")
 LIBRARY = "libbitcompile_ops.so"
 LAYOUTS = (CPU_TILE.id, T5_TILE.id)
-T5_NEEDS = {"avx512_vbmi", "avx512_vnni"}
+T5_NEEDS = {"avx512vbmi", "avx512_vnni"}
 """As Linux names them."""
 
 

@@ -60,8 +60,8 @@ def test_layouts_by_family_and_id() -> None:
 @pytest.mark.parametrize(
     ("flags", "cache", "tile", "reason"),
     [
-        ({"avx512_vbmi", "avx512_vnni"}, 32 << 20, T5_TILE, "64 MiB of weights exceed the 32 MiB"),
-        ({"avx512_vbmi", "avx512_vnni"}, 64 << 20, CPU_TILE, "64 MiB of weights fit the 64 MiB"),
+        (x86.T5_NEEDS, 32 << 20, T5_TILE, "64 MiB of weights exceed the 32 MiB"),
+        (x86.T5_NEEDS, 64 << 20, CPU_TILE, "64 MiB of weights fit the 64 MiB"),
         ({"avx2"}, 32 << 20, CPU_TILE, "AVX-512 VBMI and VNNI, which this CPU has not"),
     ],
 )
@@ -76,7 +76,7 @@ def test_auto_takes_t5_where_weights_come_from_memory(
 
 
 def test_auto_keeps_i2_for_group_scales(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(x86, "cpu_flags", lambda: {"avx512_vbmi", "avx512_vnni"})
+    monkeypatch.setattr(x86, "cpu_flags", lambda: x86.T5_NEEDS)
     monkeypatch.setattr(x86, "last_level_cache", lambda: 0)
     chosen, why = choose_layout(X86, "auto", 64 << 20, {32})
     assert chosen is CPU_TILE

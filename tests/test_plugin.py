@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from bitcompile import numerics
 from bitcompile.custom_ops import OPS
 from bitcompile.packing import CPU_TILE, GROUP_SIZES, T5_TILE, Layout, PackedTernary, groups
-from bitcompile.targets import resolve
+from bitcompile.targets import machine, resolve, x86
 from tests.single_node import NONE, accumulator_input, isa, model, plugin, session
 from tests.tools import program
 
@@ -45,6 +45,11 @@ def linear(
     packed = PackedTernary.pack(weight, scale, tile)
     attributes = {"K": weight.shape[1], "N": weight.shape[0], "layout": tile.id}
     return attributes, {"w": packed.data, "w_scale": packed.scale, "bias": NONE, "residual": NONE}
+
+
+def test_auto_layout_knows_the_cpus_of_the_variant_that_is_fast_with_t5() -> None:
+    """The build reads Linux's names of features, the plugin the CPU itself."""
+    assert x86.T5_NEEDS.issubset(machine.cpu_flags()) == runnable("avx512-vbmi")
 
 
 @pytest.fixture(scope="module", params=ISAS)
