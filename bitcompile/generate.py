@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from bitcompile import runtime
 from bitcompile.artifact import Artifact
+from bitcompile.companions import PROVIDERS
 from bitcompile.errors import InputError, ToolchainError, UsageError, writing
 
 _ELEMENTS: dict[str, type[np.generic]] = {
@@ -84,6 +85,8 @@ class TextModel:
         self._genai = _import_genai()
         runtime.require_onnxruntime(str(artifact.manifest["min_onnxruntime"]))
         runtime.require_host(artifact)
+        if artifact.manifest["target"]["device"] in PROVIDERS:
+            _require_gpu(self._genai)
         self.context = int(artifact.manifest["language"]["context_length"])
         self._path = artifact.path
         with _calling_genai(f"load {artifact.path}"):
@@ -230,6 +233,16 @@ def _import_genai() -> Any:
     return onnxruntime_genai
 
 
+def _require_gpu(genai: Any) -> None:
+    if genai.is_cuda_available():
+        return
+    raise ToolchainError(
+        "text on an NVIDIA GPU needs onnxruntime-genai-cuda and onnxruntime-gpu in the place of "
+        "onnxruntime-genai and onnxruntime: pip uninstall -y onnxruntime onnxruntime-genai; "
+        'pip install "onnxruntime-gpu[cuda,cudnn]" onnxruntime-genai-cuda'
+    )
+
+
 def run_tensors(
     artifact: Artifact, source: Path, destination: Path, threads: int | None = None
 ) -> dict[str, tuple[int, ...]]:
@@ -280,6 +293,11 @@ def _check_inputs(arrays: dict[str, npt.NDArray[Any]], declared: list[Any]) -> N
     for i in declared:
         if i.name not in arrays:
             raise InputError(f"input {i.name!r} is missing; the model takes {expected}")
+        if i.type == "tensor(bfloat16)":
+            raise InputError(
+                f"input {i.name!r} is bfloat16, which NumPy's files do not hold: use --prompt, or "
+                "build with --activations float16"
+            )
         array = arrays[i.name]
         wanted = _ELEMENTS.get(i.type)
         if wanted is not None and array.dtype != wanted:

@@ -76,8 +76,8 @@ static const char *load_driver(void) {
   int result;
   void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (!library)
-    return "no NVIDIA driver (libcuda.so.1) on this machine: install it, or build the artifact "
-           "with --target native";
+    return "no NVIDIA driver (libcuda.so.1) on this machine: install it, build the artifact with "
+           "--target native, load with plugin=False, or verify with --fallback";
 #define FIND(name, parameters)                  \
   *(void **)&cuda.name = dlsym(library, #name); \
   if (!cuda.name) return "the NVIDIA driver lacks " #name ": install driver 550 or newer";
