@@ -413,6 +413,12 @@ static const Tile *choose_tiles(const bc_gpu *gpu, const bc_linear *job, int64_t
   return first;
 }
 
+static int64_t gemm_shared(void) {
+  int64_t stages = (int64_t)BC_GEMM_STAGES * GEMM_TOKENS * UNIT_COLUMNS;
+  int64_t finished = (int64_t)GEMM_TOKENS * (BC_GEMM_ROWS + BC_GEMM_PAD) * 4;
+  return stages > finished ? stages : finished;
+}
+
 static int multiply_part(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from,
                          const Tile *h, int64_t first, int64_t M) {
   int64_t blocks = ceil_div(job->N, BC_GEMM_ROWS), columns = ceil_div(M, h->tokens);
@@ -437,12 +443,10 @@ static int multiply_part(const bc_gpu *gpu, void *stream, const bc_linear *job, 
       .has_bias = job->bias != NULL,
       .has_residual = residual != NULL,
       .direct = job->type_y != FLOAT && !residual && job->N % 8 == 0 && aligned(job->y)};
-  int64_t stages = (int64_t)BC_GEMM_STAGES * GEMM_TOKENS * UNIT_COLUMNS;
-  int64_t finished = (int64_t)GEMM_TOKENS * (BC_GEMM_ROWS + BC_GEMM_PAD) * 4;
   void **arguments = (void *[])BC_GEMM_ARGS(a);
   if (h == &mma)
-    return launch(gpu, stream, h->kernel, blocks, columns, h->threads,
-                  stages > finished ? stages : finished, arguments, job->early);
+    return launch(gpu, stream, h->kernel, blocks, columns, h->threads, gemm_shared(), arguments,
+                  job->early);
   return launch(gpu, stream, h->kernel, least(blocks * columns, gpu->processors), 1, h->threads,
                 h->shared, arguments, job->early);
 }
@@ -474,6 +478,10 @@ static int multiply_groups(const bc_gpu *gpu, void *stream, const bc_linear *job
                        .type_y = job->type_y,
                        .has_bias = job->bias != NULL,
                        .has_residual = job->residual != NULL};
+  if (job->M > 2 * TOKENS && a.group_blocks % BC_GROUPED_MANY_LEAST == 0)
+    return launch(gpu, stream, BC_GROUPED_MANY, ceil_div(job->N, BC_GEMM_ROWS),
+                  ceil_div(job->M, GEMM_TOKENS), BC_GROUPED_MANY_THREADS, gemm_shared(),
+                  (void *[])BC_GROUPED_ARGS(a), job->early);
   return launch(gpu, stream, BC_GROUPED, ceil_div(tiles, BC_GROUPED_WARPS),
                 ceil_div(job->M, TOKENS), BC_GROUPED_WARPS * 32, 0, (void *[])BC_GROUPED_ARGS(a),
                 job->early);
