@@ -458,6 +458,15 @@ static int multiply(const bc_gpu *gpu, void *stream, const bc_linear *job, const
   return result || !rest ? result : multiply_part(gpu, stream, job, from, rest, M, job->M - M);
 }
 
+/* Units of columns that a warp takes in one turn, whole groups: all, if their sums fit in half of
+ * the shared memory. */
+static int32_t share_of(const bc_gpu *gpu, const bc_linear *job) {
+  int64_t whole = ceil_div(job->group_size, UNIT_COLUMNS); /* units of a group, if it has any */
+  int64_t bytes = BC_GROUPED_GROUP * whole * UNIT_COLUMNS / job->group_size * BC_GROUPED_WARPS;
+  int64_t room = (gpu->shared_limit - 2048) / 2;
+  return (int32_t)whole * least(ceil_div(units_of(job), whole * BC_GROUPED_WARPS), room / bytes);
+}
+
 static int multiply_groups(const bc_gpu *gpu, void *stream, const bc_linear *job,
                            const Tokens *from) {
   int64_t tiles = ceil_div(job->N, TILE_ROWS);
@@ -475,16 +484,19 @@ static int multiply_groups(const bc_gpu *gpu, void *stream, const bc_linear *job
                        .tiles = (int32_t)tiles,
                        .groups = (int32_t)ceil_div(job->K, job->group_size),
                        .group_blocks = job->group_size / 16,
+                       .share = share_of(gpu, job),
                        .type_y = job->type_y,
                        .has_bias = job->bias != NULL,
                        .has_residual = job->residual != NULL};
-  if (job->M > 2 * TOKENS && a.group_blocks % BC_GROUPED_MANY_LEAST == 0)
-    return launch(gpu, stream, BC_GROUPED_MANY, ceil_div(job->N, BC_GEMM_ROWS),
-                  ceil_div(job->M, GEMM_TOKENS), BC_GROUPED_MANY_THREADS, gemm_shared(),
-                  (void *[])BC_GROUPED_ARGS(a), job->early);
-  return launch(gpu, stream, BC_GROUPED, ceil_div(tiles, BC_GROUPED_WARPS),
-                ceil_div(job->M, TOKENS), BC_GROUPED_WARPS * 32, 0, (void *[])BC_GROUPED_ARGS(a),
-                job->early);
+  int64_t blocks = ceil_div(job->N, BC_GEMM_ROWS), columns = ceil_div(job->M, GEMM_TOKENS);
+  int many = job->M > 2 * TOKENS && blocks * columns * 2 > gpu->processors;
+  if (job->tile) many = job->tile == BC_MMA_TILE;
+  if (many && a.group_blocks % BC_GROUPED_MANY_LEAST == 0)
+    return launch(gpu, stream, BC_GROUPED_MANY, blocks, columns, BC_GROUPED_MANY_THREADS,
+                  gemm_shared(), (void *[])BC_GROUPED_ARGS(a), job->early);
+  int64_t sums = (int64_t)a.share * UNIT_COLUMNS / job->group_size * BC_GROUPED_WARPS;
+  return launch(gpu, stream, BC_GROUPED, tiles, ceil_div(job->M, TOKENS), BC_GROUPED_WARPS * 32,
+                sums * BC_GROUPED_GROUP, (void *[])BC_GROUPED_ARGS(a), job->early);
 }
 
 int bc_cuda_linear(const bc_gpu *gpu, void *stream, const bc_linear *job, void *scratch) {

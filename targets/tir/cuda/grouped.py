@@ -1,8 +1,9 @@
 """Products of weights with a scale for each group of columns.
 
 Sums of a group are integers, and groups gather in float32 one after the other, as the reference has
-it. ``grouped``: a warp has a row tile and eight tokens, so weights are read once for eight tokens.
-``grouped_many``: a block has 128 rows and 128 tokens, as :mod:`gemm` has.
+it. ``grouped``: a block has a row tile and eight tokens; its warps share the columns, leave the
+sums of their groups in shared memory, and a thread a result gathers them. ``grouped_many``: a block
+has 128 rows and 128 tokens, as :mod:`gemm` has.
 """
 
 from __future__ import annotations
@@ -38,14 +39,18 @@ from bitcompile.targets.tir.cuda.tile import (
 )
 from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, when
 
-WARPS = 4
+WARPS = 8
 THREADS = 32 * WARPS
+AHEAD = 3
+"""Units that a warp loads at once."""
+UNIT_BLOCKS = UNIT_COLUMNS // 16
+RESULTS = TILE_ROWS * TOKENS
 PARAMETERS = [
     ("q", "uint8*"), ("s", "float32*"), ("w", "uint32*"), ("w_scale", "float32*"),
     ("bias", "float32*"), ("residual", "uint8*"), ("y", "uint8*"),
     *((name, "int32") for name in (
-        "M", "N", "units", "token_groups", "tiles", "groups", "group_blocks", "type_y", "has_bias",
-        "has_residual",
+        "M", "N", "units", "token_groups", "tiles", "groups", "group_blocks", "share", "type_y",
+        "has_bias", "has_residual",
     )),
 ]  # fmt: skip
 
@@ -54,71 +59,104 @@ def grouped(name: str) -> Any:
     """``y[m, n] = fl(1 / s[m]) * sum_j fl(w_scale[n, j] * fl(acc[m, n, j]))``, bias and residual.
 
     ``w_scale``: ``[tiles, groups, 16]``; a group has ``group_blocks`` times 16 columns, the last
-    maybe fewer. Grid: ceil(tiles / WARPS), ceil(M / 8).
+    maybe fewer. ``share``: units that a warp takes in one turn, whole groups. Grid: tiles,
+    ceil(M / 8). Dynamic shared memory: for every group of a turn RESULTS sums and 16 scales.
     """
 
     def body(ids: Ids, q: Buffer, s: Buffer, w: Buffer, w_scale: Buffer, bias: Buffer,
              residual: Buffer, y: Buffer, M: Expr, N: Expr, units: Expr, token_groups: Expr,
-             tiles: Expr, groups: Expr, group_blocks: Expr, type_y: Expr, has_bias: Expr,
-             has_residual: Expr) -> None:  # fmt: skip
-        tile = ids.block_x * WARPS + ids.warp
-        g, c = T.floordiv(ids.lane, 4), ids.lane % 4
-        held = local(4, "uint32")
+             tiles: Expr, groups: Expr, group_blocks: Expr, share: Expr, type_y: Expr,
+             has_bias: Expr, has_residual: Expr) -> None:  # fmt: skip
+        room = view(dynamic(), "float32")
+        tile, lane = ids.block_x, ids.lane
+        g, c = T.floordiv(lane, 4), lane % 4
+        held, b = local(AHEAD * 4, "uint32"), local(AHEAD * 8, "int32")
         low, high, sums = (local(4, "int32") for _ in range(3))
-        totals = local(4, "float32")
-        for i in range(4):
-            put(totals, T.float32(0), i)
+        total = variable(T.float32(0), "float32")
         block, group = (variable(T.int32(0), "int32") for _ in range(2))
+        own = variable(T.floordiv(share * UNIT_BLOCKS, group_blocks), "int32")[0]
+        turn_groups = variable(own * WARPS, "int32")[0]
 
         def clear() -> None:
             for buffer in (low, high, sums):
                 for i in range(4):
                     put(buffer, T.int32(0), i)
+            put(block, T.int32(0))
 
         def finish_group() -> None:
-            for half in range(2):
-                row = (long(tile) * groups + group[0]) * TILE_ROWS + half * 8 + g
-                by = variable(w_scale[row], "float32")[0]
-                for e in range(2):
-                    i = half * 2 + e
-                    acc = T.shift_right(low[i], 2 * half) + T.shift_right(high[i], 4 + 2 * half)
-                    whole = variable(acc - sums[i], "int32")[0]
-                    part = variable(T.cast(whole, "float32") * by, "float32")[0]
-                    put(totals, totals[i] + part, i)
-            clear()
-            put(block, T.int32(0))
+            for half, e in itertools.product(range(2), range(2)):
+                i, row, token = half * 2 + e, half * 8 + g, c * 2 + e
+                acc = T.shift_right(low[i], 2 * half) + T.shift_right(high[i], 4 + 2 * half)
+                whole = T.cast(acc - sums[i], "float32")
+                put(room, whole, group[0] * RESULTS + row * TOKENS + token)
             put(group, group[0] + 1)
+            clear()
 
-        clear()
+        def sum_units(first: Expr, count: Expr) -> None:
+            """The groups of some units, into shared memory."""
+            for i in range(AHEAD):
+                word = (long(tile) * units + first + i) * UNIT_WORDS + lane * 4
+                address = call("uint64", "bc_pointer", at(w, word))
+                do("bc_load_unit", at(held, i * 4), address, T.cast(i < count, "int32"))
+            do("bc_wait_for_earlier")
+            for i in range(AHEAD):
+                start = (long(first + i) * token_groups + ids.block_y) * TOKEN_UNIT
+                with when(i < count):
+                    for k in range(8):
+                        piece = T.bitwise_xor(T.int32(k), g)
+                        from_ = start + g * UNIT_COLUMNS + piece * 16 + c * 4
+                        put(b, read("int32", "bc_load_int_at", q.data, from_), i * 8 + k)
+            for i in range(AHEAD):
+                with when(i < count):
+                    for k in range(8):
+                        into, part = (high, "high") if k % 2 else (low, "low")
+                        word = held[i * 4 + k // 2]
+                        do(f"bc_mma_{part}", at(into, 0), word, b[i * 8 + k])
+                        do("bc_mma_ones", at(sums, 0), b[i * 8 + k])
+                        put(block, block[0] + 1)
+                        with when(block[0] == group_blocks):
+                            finish_group()
+
         do("bc_let_next_start")
+        turns = T.floordiv(units + share * WARPS - 1, share * WARPS)
+        with rolled(turns) as turn:
+            passed = variable(turn * turn_groups, "int32")[0]
+            here = variable(T.min(turn_groups, groups - passed), "int32")[0]
+
+            def bring_scales(i: Expr) -> None:
+                from_ = (long(tile) * groups + passed) * (TILE_ROWS * 4) + i * 16
+                do("bc_copy_async16", at(room, turn_groups * RESULTS + i * 4), w_scale.data, from_)
+
+            each(ids, here * (TILE_ROWS // 4), bring_scales, THREADS)
+            clear()
+            put(group, ids.warp * own)
+            begin = variable((turn * WARPS + ids.warp) * share, "int32")[0]
+            mine = variable(T.min(share, units - begin), "int32")[0]
+            with rolled(T.floordiv(T.max(mine, 0) + (AHEAD - 1), AHEAD)) as step:
+                sum_units(begin + step * AHEAD, mine - step * AHEAD)
+            with when(block[0] > 0):
+                finish_group()
+            do("bc_copy_wait")
+            barrier()
+            with when(ids.thread < RESULTS), T.serial(here) as j:
+                by = room[turn_groups * RESULTS + j * TILE_ROWS + T.floordiv(ids.thread, TOKENS)]
+                part = variable(room[j * RESULTS + ids.thread] * by, "float32")[0]
+                put(total, total[0] + part)
+            barrier()
+        n = tile * TILE_ROWS + T.floordiv(ids.thread, TOKENS)
+        m = ids.block_y * TOKENS + ids.thread % TOKENS
         do("bc_wait_for_earlier")
-        with when(tile < tiles), rolled(units) as unit:
-            word = (long(tile) * units + unit) * UNIT_WORDS + ids.lane * 4
-            do("bc_load_weights", at(held, 0), at(w, word))
-            start = (long(unit) * token_groups + ids.block_y) * TOKEN_UNIT + g * UNIT_COLUMNS
-            for t, half in itertools.product(range(4), range(2)):
-                piece = T.bitwise_xor(T.int32(2 * t + half), g)
-                b = read("int32", "bc_load_int_at", q.data, start + piece * 16 + c * 4)
-                do(f"bc_mma_{'high' if half else 'low'}", at(high if half else low, 0), held[t], b)
-                do("bc_mma_ones", at(sums, 0), b)
-                put(block, block[0] + 1)
-                with when(T.And(block[0] == group_blocks, group[0] < groups)):
-                    finish_group()
-        with when(T.And(tile < tiles, T.And(block[0] > 0, group[0] < groups))):
-            finish_group()
-        for half, e in itertools.product(range(2), range(2)):
-            n, m = tile * TILE_ROWS + half * 8 + g, ids.block_y * TOKENS + c * 2 + e
-            with when(T.And(tile < tiles, T.And(n < N, m < M))):
-                by = read("float32", "bc_load", s.data, long(m), FLOAT)
-                inverse = variable(call("float32", "__frcp_rn", by), "float32")[0]
-                result = variable(totals[half * 2 + e] * inverse, "float32")
-                to = long(m) * N + n
-                with when(has_bias != 0):
-                    put(result, result[0] + bias[n])
-                with when(has_residual != 0):
-                    more = read("float32", "bc_load", residual.data, to, type_y)
-                    put(result, result[0] + more)
-                do("bc_store", y.data, to, result[0], type_y)
+        with when(T.And(ids.thread < RESULTS, T.And(n < N, m < M))):
+            by = read("float32", "bc_load", s.data, long(m), FLOAT)
+            inverse = variable(call("float32", "__frcp_rn", by), "float32")[0]
+            result = variable(total[0] * inverse, "float32")
+            to = long(m) * N + n
+            with when(has_bias != 0):
+                put(result, result[0] + bias[n])
+            with when(has_residual != 0):
+                more = read("float32", "bc_load", residual.data, to, type_y)
+                put(result, result[0] + more)
+            do("bc_store", y.data, to, result[0], type_y)
 
     return device_kernel(name, PARAMETERS, THREADS, body)
 
@@ -145,8 +183,8 @@ def grouped_many(name: str) -> Any:
 
     def body(ids: Ids, q: Buffer, s: Buffer, w: Buffer, w_scale: Buffer, bias: Buffer,
              residual: Buffer, y: Buffer, M: Expr, N: Expr, units: Expr, token_groups: Expr,
-             tiles: Expr, groups: Expr, group_blocks: Expr, type_y: Expr, has_bias: Expr,
-             has_residual: Expr) -> None:  # fmt: skip
+             tiles: Expr, groups: Expr, group_blocks: Expr, share: Expr, type_y: Expr,
+             has_bias: Expr, has_residual: Expr) -> None:  # fmt: skip
         room = dynamic()
         done = view(room, "float32")
         inverse = shared(TILE_TOKENS, "float32")
