@@ -26,6 +26,7 @@ from bitcompile import runtime
 from bitcompile.artifact import MANIFEST, Artifact
 from bitcompile.bench import bench
 from bitcompile.cuda_decoder import CudaDecoder
+from bitcompile.packing import CUDA_TILE, PackedTernary
 from bitcompile.verification import empty_caches, step
 
 TIES = {"float16": 0.2, "bfloat16": 1.6}
@@ -240,6 +241,34 @@ def measure_shape(artifact: Artifact) -> None:
         print(flush=True)
 
 
+def check_many_rows(artifact: Artifact) -> None:
+    """More rows than one pass takes, and more than 2**31 results: some against themselves alone."""
+    N, K, M = 32768, 128, 70000
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-1, 2, (N, K)).astype(np.int8)
+    packed = PackedTernary.pack(weight, 0.5, CUDA_TILE)
+    tensors = [numpy_helper.from_array(a, n)
+               for n, a in (("w", packed.data), ("s", packed.scale), ("bias", np.zeros((), "f4")),
+                            ("none", np.zeros((), np.float16)))]  # fmt: skip
+    node = helper.make_node("BitLinear", ["x", "w", "s", "bias", "none"], ["y"],
+                            domain="bitcompile", K=K, N=N, layout=CUDA_TILE.id)  # fmt: skip
+    info, half = helper.make_tensor_value_info, TensorProto.FLOAT16
+    graph = helper.make_graph([node], "rows", [info("x", half, [None, K])],
+                              [info("y", half, [None, N])], tensors)  # fmt: skip
+    opsets = [helper.make_opsetid(d, v) for d, v in (("", 21), ("bitcompile", 1))]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = runtime.session_options(artifact.path)
+    providers = runtime.providers(artifact, plugin=True, options={})
+    session = runtime.open_session(model.SerializeToString(), options, providers)
+    x = rng.standard_normal((M, K)).astype(np.float16)
+    (y,) = session.run(None, {"x": x})
+    assert y.size > 1 << 31
+    for begin in (0, 65500, M - 40):
+        rows = slice(begin, begin + 40)
+        np.testing.assert_array_equal(y[rows], session.run(None, {"x": x[rows]})[0])
+    print(f"{M} rows of {N}: as those rows alone")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("artifact", type=Path)
@@ -247,12 +276,15 @@ if __name__ == "__main__":
     parser.add_argument("--shape", choices=["2b-4t"])
     parser.add_argument("--activations", choices=list(TIES), default="float16")
     parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--rows", action="store_true", help="a product of very many rows")
     parser.add_argument("--kernels", action="store_true", help="what each takes (needs torch)")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/bitcompile-shape"))
     chosen = parser.parse_args()
     given = Artifact.open(chosen.artifact)
     if chosen.expected:
         compare_tokens(given, chosen.expected)
+    if chosen.rows:
+        check_many_rows(given)
     if chosen.shape:
         shaped = shape_artifact(given, chosen.folder, chosen.context, chosen.activations)
         measure_shape(shaped)
