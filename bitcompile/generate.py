@@ -235,6 +235,7 @@ def _import_genai() -> Any:
 
 def _require_gpu(genai: Any) -> None:
     if genai.is_cuda_available():
+        runtime.preload()
         return
     raise ToolchainError(
         "text on an NVIDIA GPU needs onnxruntime-genai-cuda and onnxruntime-gpu in the place of "

@@ -93,10 +93,17 @@ def providers(artifact: Artifact, plugin: bool, options: Mapping[str, str]) -> l
             f"onnxruntime {onnxruntime.__version__} has no {name} here: install onnxruntime-gpu in "
             f"its place ({GPU_PACKAGES}){remedy}"
         )
+    preload()
+    return [(name, {"use_tf32": "0", **options}), CPU]
+
+
+def preload() -> None:
+    """Load CUDA's libraries where they are Python packages, which no other search finds."""
+    import onnxruntime
+
     if hasattr(onnxruntime, "preload_dlls"):
         with redirect_stdout(io.StringIO()):  # it prints what it misses, needed or not
             onnxruntime.preload_dlls()
-    return [(name, {"use_tf32": "0", **options}), CPU]
 
 
 def session_options(path: str | Path, *, plugin: bool = True, threads: int | None = None) -> Any:
