@@ -79,11 +79,10 @@ class _Model:
         self.graph = graph
         language, sizes = self._artifact.manifest["language"], self._sizes
         began = time.perf_counter()
-        session = runtime.load(
-            self._artifact.path,
-            threads=self._threads,
-            provider_options={"enable_cuda_graph": str(int(graph))},
-        )
+        options = runtime.session_options(self._artifact.path, threads=self._threads)
+        options.log_severity_level = 3  # it warns of every graph with a shape in it
+        providers = runtime.providers(self._artifact, enable_cuda_graph=str(int(graph)))
+        session = runtime.open_session(self._artifact.model, options, providers)
         self.load_s = time.perf_counter() - began
         single = CudaDecoder(session, language, longest)
         together = single

@@ -29,8 +29,8 @@ def roof_session(artifact: Artifact, kind: int, steps: int, threads: int | None 
     graph = helper.make_graph([node], "roof", [data], [out])
     model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
     options = runtime.session_options(artifact.path, threads=threads)
-    providers = runtime.providers(artifact, plugin=True, options={})
+    options.log_severity_level = 3
     try:
-        return runtime.open_session(model.SerializeToString(), options, providers)
+        return runtime.open_session(model.SerializeToString(), options, runtime.providers(artifact))
     except runtime.OnnxruntimeError as error:
         raise ToolchainError(f"bench has no roofs here: {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -20,26 +20,18 @@ _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 _SYSTEMS = {"linux": "linux", "darwin": "macos", "win32": "windows", "android": "android"}
 
 
-def load(
-    path: str | Path,
-    *,
-    plugin: bool = True,
-    threads: int | None = None,
-    provider_options: Mapping[str, str] | None = None,
-) -> Any:
+def load(path: str | Path, *, plugin: bool = True, threads: int | None = None) -> Any:
     """An ``onnxruntime.InferenceSession`` of the artifact at ``path``.
 
     ``plugin=False`` runs the fallback functions in the model instead of the kernels; ``threads``
-    is the size of the session's thread pool (None: onnxruntime's choice); ``provider_options``
-    are those of the GPU's execution provider, for an artifact that has one. Raises InputError for
-    a damaged artifact, ToolchainError if this machine or its onnxruntime cannot run it.
+    is the size of the session's thread pool (None: onnxruntime's choice). Raises InputError for a
+    damaged artifact, ToolchainError if this machine or its onnxruntime cannot run it.
     """
     artifact = Artifact.open(path)
     artifact.check_sizes()
     options = session_options(artifact.path, plugin=plugin, threads=threads)
-    chosen = providers(artifact, plugin, provider_options or {})
     try:
-        return open_session(artifact.model, options, chosen)
+        return open_session(artifact.model, options, providers(artifact, plugin))
     except OnnxruntimeError as error:
         raise InputError(f"onnxruntime cannot load {artifact.model}: {error}") from error
 
@@ -72,7 +64,7 @@ NO_KERNEL = f"Failed to find kernel for {DOMAIN}."
 GPU_PACKAGES = 'pip uninstall -y onnxruntime; pip install "onnxruntime-gpu[cuda,cudnn]"'
 
 
-def providers(artifact: Artifact, plugin: bool, options: Mapping[str, str]) -> list[Any]:
+def providers(artifact: Artifact, plugin: bool = True, **options: str) -> list[Any]:
     """The execution providers of a session, that of the artifact's GPU with ``options`` first.
 
     The functions run there too, or on the CPU if onnxruntime has no such provider. TF32 is off: it

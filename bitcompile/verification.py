@@ -44,8 +44,8 @@ CHUNK = 4096
 """Weight rows the reference unpacks at a time (float64 rows would fill the memory else)."""
 FALLBACK_LIMIT = 2_000_000_000
 """Bytes above which the whole model is not run through its fallback functions."""
-COSINE = {"float32": 0.9999, "float16": 0.999, "bfloat16": 0.99}
-"""Least cosine between the logits of the plugin and of the fallback functions, by activations."""
+COSINE = 0.9999
+"""Least cosine between the logits of the plugin and of the fallback functions."""
 TOLERANCE = 1e-2
 """Allowed difference, in units of a row's RMS, where bits may differ.
 
@@ -121,7 +121,7 @@ def verify(
     with _isa(isa):
         runtime.session_options(artifact.path, plugin=plugin)  # fails early and clearly
         if plugin:
-            runtime.providers(artifact, plugin, {})
+            runtime.providers(artifact)
         nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type in OPS]
         reports = []
         for i, node in enumerate(nodes):
@@ -353,7 +353,7 @@ def _node_session(
     import onnx_ir as ir
 
     options = runtime.session_options(artifact.path, plugin=plugin)
-    chosen = runtime.providers(artifact, plugin, {}) if plugin else [runtime.CPU]
+    chosen = runtime.providers(artifact) if plugin else [runtime.CPU]
     values = (value.const_value for value in node.inputs if value is not None)
     folders = (str(t.base_dir) for t in values if isinstance(t, ir.ExternalTensor))
     options.add_session_config_entry(
@@ -515,11 +515,10 @@ def _compare_whole(artifact: Artifact) -> float | str:
     if not fast:
         return "not compared, it has no float32 output"
     cosine = min(_cosine(a, b) for a, b in zip(fast, slow, strict=True))
-    least = COSINE[artifact.activations]
-    if not cosine >= least:
+    if not cosine >= COSINE:
         raise VerificationError(
             f"the whole model differs from its fallback functions: cosine {cosine:.6f} "
-            f"< {least}; report it with the model's name"
+            f"< {COSINE}; report it with the model's name"
         )
     return cosine
 

@@ -458,6 +458,10 @@ static int multiply(const bc_gpu *gpu, void *stream, const bc_linear *job, const
   return result || !rest ? result : multiply_part(gpu, stream, job, from, rest, M, job->M - M);
 }
 
+/* Blocks of bc_grouped that take a multiprocessor as long as one of bc_grouped_many (measured on an
+ * H100). */
+enum { MANY_COST = 24 };
+
 /* Units of columns that a warp takes in one turn, whole groups: all, if their sums fit in half of
  * the shared memory. */
 static int32_t share_of(const bc_gpu *gpu, const bc_linear *job) {
@@ -489,7 +493,8 @@ static int multiply_groups(const bc_gpu *gpu, void *stream, const bc_linear *job
                        .has_bias = job->bias != NULL,
                        .has_residual = job->residual != NULL};
   int64_t blocks = ceil_div(job->N, BC_GEMM_ROWS), columns = ceil_div(job->M, GEMM_TOKENS);
-  int many = job->M > 2 * TOKENS && blocks * columns * 2 > gpu->processors;
+  int64_t turns = ceil_div(blocks * columns, gpu->processors);
+  int many = turns * gpu->processors * MANY_COST <= tiles * ceil_div(job->M, TOKENS);
   if (job->tile) many = job->tile == BC_MMA_TILE;
   if (many && a.group_blocks % BC_GROUPED_MANY_LEAST == 0)
     return launch(gpu, stream, BC_GROUPED_MANY, blocks, columns, BC_GROUPED_MANY_THREADS,
