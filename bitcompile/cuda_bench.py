@@ -35,7 +35,8 @@ def measure(
     ``sizes``: ``prefill, decode, context, batch``. A decoded step is the one in the middle of the
     ``decode`` that follow ``context``. Raises ToolchainError if this machine cannot run it.
     """
-    runtime.session_options(artifact.path)  # fails early and clearly
+    runtime.session_options(artifact.path)  # these two fail early and clearly
+    runtime.providers(artifact)
     card = Card()
     read = _reader(artifact)
     progress("loading")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,11 @@ class CudaDecoder:
             if i.name.startswith("past_key_values.")
         }
 
-    def step(self, tokens: int, past: int, graph: bool = False) -> Callable[[], None]:
-        """A function that feeds ``tokens`` to every sequence behind ``past`` others, each time.
+    def step(self, tokens: int, past: int, graph: bool = False) -> Step:
+        """What feeds ``tokens`` to every sequence behind ``past`` others, each time it is called.
 
-        The GPU has finished when it returns; the logits stay there. With ``graph``, in a session
-        that has ``enable_cuda_graph``, its kernels are captured at first and then replayed: their
-        inputs then have sizes that do not depend on ``past``.
+        With ``graph``, in a session that has ``enable_cuda_graph``, its kernels are captured at
+        first and then replayed: their inputs then have sizes that do not depend on ``past``.
         """
         import onnxruntime
 
@@ -57,14 +57,26 @@ class CudaDecoder:
             binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
         rows = 1 if self._logits.shape[1] == 1 else tokens
         shape = (self._batch, rows, self._vocabulary)
-        binding.bind_ortvalue_output("logits", _memory(shape, self._logits.type))
+        logits = _memory(shape, self._logits.type)
+        binding.bind_ortvalue_output("logits", logits)
         options = onnxruntime.RunOptions()
         options.add_run_config_entry("gpu_graph_id", GRAPH if graph else NO_GRAPH)
+        return Step(self._session, binding, options, logits)
 
-        def run() -> None:
-            self._session.run_with_iobinding(binding, options)
 
-        return run
+@dataclass(frozen=True)
+class Step:
+    """Runs of one form; the GPU has finished when a call returns."""
+
+    session: Any
+    binding: Any
+    options: Any
+    logits: Any
+    """An OrtValue ``[batch, tokens or 1, vocabulary]`` that stays where it is."""
+
+    def __call__(self) -> None:
+        """Run once."""
+        self.session.run_with_iobinding(self.binding, self.options)
 
 
 def _memory(shape: tuple[int, ...], kind: str) -> Any:
