@@ -496,7 +496,14 @@ static int multiply_groups(const bc_gpu *gpu, void *stream, const bc_linear *job
   int64_t turns = ceil_div(blocks * columns, gpu->processors);
   int many = turns * gpu->processors * MANY_COST <= tiles * ceil_div(job->M, TOKENS);
   if (job->tile) many = job->tile == BC_MMA_TILE;
-  if (many && a.group_blocks % BC_GROUPED_MANY_LEAST == 0)
+  int wgmma = job->group_size >= 128  ? BC_GROUPED_WGMMA128
+              : job->group_size == 64 ? BC_GROUPED_WGMMA64
+                                      : BC_GROUPED_WGMMA32;
+  many = many && a.group_blocks % BC_GROUPED_MANY_LEAST == 0;
+  if (many && gpu->kernel[wgmma] && !job->split)
+    return launch(gpu, stream, wgmma, least(blocks * columns, gpu->processors), 1, BC_WGMMA_THREADS,
+                  BC_GROUPED_WGMMA_SHARED, (void *[])BC_GROUPED_ARGS(a), job->early);
+  if (many)
     return launch(gpu, stream, BC_GROUPED_MANY, blocks, columns, BC_GROUPED_MANY_THREADS,
                   gemm_shared(), (void *[])BC_GROUPED_ARGS(a), job->early);
   int64_t sums = (int64_t)a.share * UNIT_COLUMNS / job->group_size * BC_GROUPED_WARPS;

@@ -2,8 +2,8 @@
 
 Sums of a group are integers, and groups gather in float32 one after the other, as the reference has
 it. ``grouped``: a block has a row tile and eight tokens; its warps share the columns, leave the
-sums of their groups in shared memory, and a thread a result gathers them. ``grouped_many``: a block
-has 128 rows and 128 tokens, as :mod:`gemm` has.
+sums of their groups in shared memory, and a thread a result gathers them. ``grouped_many`` and, on
+Hopper, ``grouped_wgmma``: a block has 128 rows and 128 tokens, as those of :mod:`gemm`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,19 @@ from bitcompile.targets.tir.cuda.device import (
     variable,
     view,
 )
-from bitcompile.targets.tir.cuda.gemm import PAD, ROW_TILES, ROWS, STAGE_BYTES, STAGES, TILE_TOKENS
+from bitcompile.targets.tir.cuda.gemm import (
+    HOPPER_THREADS,
+    OTHER_REGISTERS,
+    PAD,
+    ROW_TILES,
+    ROWS,
+    STAGE_BYTES,
+    STAGES,
+    TILE_TOKENS,
+    WORKER_REGISTERS,
+    WORKERS,
+    Ring,
+)
 from bitcompile.targets.tir.cuda.gemm import finish as store_tile
 from bitcompile.targets.tir.cuda.rows import FLOAT, each
 from bitcompile.targets.tir.cuda.tile import (
@@ -298,3 +310,209 @@ def grouped_many(name: str) -> Any:
                    TILE_TOKENS, MANY_THREADS, residual, y, M, N, type_y, has_residual)  # fmt: skip
 
     return device_kernel(name, PARAMETERS, MANY_THREADS, body)
+
+
+# --- many tokens on Hopper ------------------------------------------------------------------------
+
+WGMMA_COLUMNS = (128, 64, 32)
+"""Columns of one product of ``grouped_wgmma``: a group, or 128 of a longer one."""
+WGMMA_STAGES = 8
+"""Units of tokens under way or in use."""
+WGMMA_AHEAD = 4
+"""Units of weights that a warp has under way."""
+HALF_TILE = TILE_TOKENS // 2
+WGMMA_SHARED = 1024 + WGMMA_STAGES * STAGE_BYTES + HALF_TILE * (ROWS + PAD) * 4
+
+
+def wgmma_source() -> str:
+    """``bc_wgmma_group_COLUMNS(d, a, b, keep)``: starts a product of 64 rows and 128 tokens.
+
+    It is added to ``d`` if ``keep``, else takes its place. ``bc_wgmma_128_wait`` ends it.
+    """
+    n = TILE_TOKENS // 2
+    results = ", ".join(f'"+r"(d[{i}])' for i in range(n))
+    names = ", ".join(f"%{i}" for i in range(n))
+    text = ""
+    for columns in WGMMA_COLUMNS:
+        count = columns // 32
+        products = []
+        for t in range(count):
+            a = ", ".join(f"%{n + 4 * t + i}" for i in range(4))
+            products.append(
+                f'"wgmma.mma_async.sync.aligned.m64n{TILE_TOKENS}k32.s32.s8.s8 {{{names}}}, '
+                f'{{{a}}}, %{n + 4 * count + t}, {"q" if t else "p"};\\n"'
+            )
+        weights = ", ".join(f'"r"(a[{i}])' for i in range(4 * count))
+        tokens = ", ".join(f'"l"(b + {2 * t})' for t in range(count))  # 32 bytes, in units of 16
+        text += f"""
+BC_INLINE void bc_wgmma_group_{columns}(int* d, const uint* a, uint64_t b, int keep) {{
+  asm volatile("{{\\n.reg .pred p, q;\\nsetp.ne.s32 p, %{n + 5 * count}, 0;\\n"
+    "setp.eq.u32 q, 0, 0;\\nwgmma.fence.sync.aligned;\\n"
+    {" ".join(products)} "wgmma.commit_group.sync.aligned;\\n}}"
+    : {results} : {weights}, {tokens}, "r"(keep) : "memory");
+}}"""
+    return f"\n#if defined(__CUDA_ARCH_FEAT_SM90_ALL){text}\n#endif\n"
+
+
+def grouped_wgmma(name: str, columns: int) -> Any:
+    """The same product, for groups of ``columns``, or of a multiple of 128 if that is 128.
+
+    Grid: as many blocks as work at once. Weights become -1, 0 and 1 in registers. While one
+    warpgroup gathers a group, the tensor cores work for the other.
+    """
+
+    def body(ids: Ids, q: Buffer, s: Buffer, w: Buffer, w_scale: Buffer, bias: Buffer,
+             residual: Buffer, y: Buffer, M: Expr, N: Expr, units: Expr, token_groups: Expr,
+             tiles: Expr, groups: Expr, group_blocks: Expr, share: Expr, type_y: Expr,
+             has_bias: Expr, has_residual: Expr) -> None:  # fmt: skip
+        room = dynamic()
+        done = view(room, "float32")
+        full, free = shared(WGMMA_STAGES, "uint64"), shared(WGMMA_STAGES, "uint64")
+        inverse = shared(TILE_TOKENS, "float32")
+        base = variable(read("int32", "bc_to_kilobyte", at(room, 0)), "int32")[0]
+        warp = variable(
+            call("int32", "__shfl_sync", T.uint32(0xFFFFFFFF), ids.warp, T.int32(0)), "int32"
+        )[0]
+        out = variable(T.floordiv(base + WGMMA_STAGES * STAGE_BYTES, 4), "int32")[0]
+        grid = variable(read("int32", "bc_grid"), "int32")[0]
+        blocks = variable(T.floordiv(N + (ROWS - 1), ROWS), "int32")[0]
+        work = blocks * T.floordiv(M + (TILE_TOKENS - 1), TILE_TOKENS)
+        mine = variable(T.floordiv(work - ids.block_x + grid - 1, grid), "int32")[0]
+        with when(ids.thread == 0):
+            for i in range(WGMMA_STAGES):
+                do("bc_barrier_init", at(full, i), T.int32(1))
+                do("bc_barrier_init", at(free, i), T.int32(WORKERS // 32))
+            do("bc_barrier_fence")
+        barrier()
+        do("bc_let_next_start")
+
+        def bring() -> None:
+            """The tokens, by one lane of the last warpgroup."""
+            ring = Ring(WGMMA_STAGES)
+            do("bc_wait_for_earlier")
+            with T.serial(mine) as number:
+                place = variable(ids.block_x + number * grid, "int32")[0]
+                first = variable(T.floordiv(place, blocks) * (TILE_TOKENS // TOKENS), "int32")[0]
+                with T.serial(units) as unit:
+                    slot = ring.slot[0]
+                    do("bc_barrier_wait", at(free, slot), T.bitwise_xor(ring.phase[0], T.int32(1)))
+                    do("bc_barrier_expect", at(full, slot), T.int32(STAGE_BYTES))
+                    start = (long(unit) * token_groups + first) * TOKEN_UNIT
+                    do("bc_copy_bulk", at(room, base + slot * STAGE_BYTES), q.data, start,
+                       T.int32(STAGE_BYTES), at(full, slot))  # fmt: skip
+                    ring.advance()
+
+        def work_on() -> None:
+            ring = Ring(WGMMA_STAGES)
+            acc, totals = local(64, "int32"), local(64, "float32")
+            held, a = local(4 * WGMMA_AHEAD, "uint32"), local(16, "uint32")
+            scales = local(2, "float32")
+            block, group = (variable(T.int32(0), "int32") for _ in range(2))
+            first_n, first_m, tile = (variable(T.int32(0), "int32") for _ in range(3))
+            row = warp * TILE_ROWS  # in the block
+            g, c = T.floordiv(ids.lane, 4), ids.lane % 4
+            address = variable(T.uint64(0), "uint64")
+
+            def load(place: int, unit: Expr) -> None:
+                byte = T.cast(unit, "uint64") * T.uint64(UNIT_WORDS * 4)
+                wanted = T.cast(unit < units, "int32")
+                do("bc_load_unit", at(held, place * 4), address[0] + byte, wanted)
+
+            def load_scales() -> None:
+                for half in range(2):
+                    at_ = (long(tile[0]) * groups + group[0]) * TILE_ROWS + half * 8 + g
+                    put(scales, w_scale[at_], half)
+
+            def finish_group() -> None:
+                for j, half, e in itertools.product(range(TILE_TOKENS // 8), range(2), range(2)):
+                    i = j * 4 + half * 2 + e
+                    part = variable(T.cast(acc[i], "float32") * scales[half], "float32")[0]
+                    put(totals, totals[i] + part, i)
+                put(block, T.int32(0))
+                put(group, group[0] + 1)
+                with when(group[0] < groups):
+                    load_scales()
+
+            def multiply(place: int, unit: Expr) -> None:
+                for t, f in itertools.product(range(4), range(4)):
+                    codes = T.bitwise_and(
+                        T.shift_right(held[place * 4 + t], T.uint32(2 * f)), T.uint32(0x03030303)
+                    )
+                    signed = T.bitwise_xor(codes + T.uint32(0x7F7F7F7F), T.uint32(0x80808080))
+                    put(a, signed, t * 4 + f)
+                load(place, unit + WGMMA_AHEAD)
+                slot = variable(ring.slot[0], "int32")[0]
+                do("bc_barrier_wait", at(full, slot), ring.phase[0])
+                tokens = at(room, base + slot * STAGE_BYTES)
+                operand = variable(call("uint64", "bc_describe", tokens), "uint64")[0]
+                ring.advance()
+                for first in range(0, 4, columns // 32):
+                    last = first + columns // 32 == 4
+                    do(f"bc_wgmma_group_{columns}", at(acc, 0), at(a, first * 4),
+                       operand + T.uint64(2 * first), block[0])  # fmt: skip
+                    do(f"bc_wgmma_{TILE_TOKENS}_wait", at(acc, 0), at(a, 0))
+                    if last:
+                        with when(ids.lane == 0):
+                            do("bc_barrier_arrive", at(free, slot))
+                    put(block, block[0] + columns // 16)
+                    with when(T.And(block[0] == group_blocks, group[0] < groups)):
+                        finish_group()
+
+            with T.serial(mine) as number:
+                place = variable(ids.block_x + number * grid, "int32")[0]
+                put(first_n, place % blocks * ROWS)
+                put(first_m, T.floordiv(place, blocks) * TILE_TOKENS)
+                put(tile, T.min(place % blocks * ROW_TILES + warp, tiles - 1))
+                word = long(tile[0]) * units * UNIT_WORDS + ids.lane * 4
+                put(address, call("uint64", "bc_pointer", at(w, word)))
+                put(block, T.int32(0))
+                put(group, T.int32(0))
+                for i in range(WGMMA_AHEAD):
+                    load(i, T.int32(i))
+                load_scales()
+                with T.unroll(64) as i:
+                    put(totals, T.float32(0), i)
+                do("bc_wait_for_earlier")
+                own = variable(T.float32(1), "float32")
+                with when(ids.thread < TILE_TOKENS):
+                    m = T.min(first_m[0] + ids.thread, M - 1)
+                    put(own, read("float32", "bc_load", s.data, long(m), FLOAT))
+                with T.serial(T.floordiv(units + (WGMMA_AHEAD - 1), WGMMA_AHEAD)) as turn:
+                    for i in range(WGMMA_AHEAD):
+                        unit = turn * WGMMA_AHEAD + i
+                        with when(unit < units):
+                            multiply(i, unit)
+                with when(T.And(block[0] > 0, group[0] < groups)):
+                    finish_group()
+                with when(ids.thread < TILE_TOKENS):
+                    put(inverse, call("float32", "__frcp_rn", own[0]), ids.thread)
+                do("bc_workers")
+                for first in range(0, TILE_TOKENS, HALF_TILE):
+                    for half in range(2):
+                        n = first_n[0] + row + half * 8 + g
+                        more = variable(T.float32(0), "float32")
+                        with when(T.And(has_bias != 0, n < N)):
+                            put(more, bias[n])
+                        for j, e in itertools.product(range(HALF_TILE // 8), range(2)):
+                            token = j * 8 + c * 2 + e
+                            value = totals[(first // 8 + j) * 4 + half * 2 + e]
+                            result = variable(value * inverse[first + token], "float32")
+                            with when(has_bias != 0):
+                                put(result, result[0] + more[0])
+                            to = out + token * (ROWS + PAD) + row + half * 8 + g
+                            put(done, result[0], to)
+                    do("bc_workers")
+                    store_tile(ids, done, out, first_n[0], first_m[0] + first, HALF_TILE, WORKERS,
+                               residual, y, M, N, type_y, has_residual)  # fmt: skip
+                    do("bc_workers")
+
+        with T.If(warp < WORKERS // 32):
+            with T.Then():
+                do(f"bc_more_registers<{WORKER_REGISTERS}>")
+                work_on()
+            with T.Else():
+                do(f"bc_fewer_registers<{OTHER_REGISTERS}>")
+                with when(ids.thread == WORKERS):
+                    bring()
+
+    return device_kernel(name, PARAMETERS, HOPPER_THREADS, body)
