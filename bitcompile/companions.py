@@ -32,9 +32,7 @@ def genai_config(language: LanguageModel, library: str, device: str = "cpu") -> 
     if pad is not None:
         ids["pad_token_id"] = pad
     # Threads are not fixed here: the artifact runs on machines of any size.
-    options: list[dict[str, Any]] = []
-    if device in PROVIDERS:  # a token takes half the time where its kernels are replayed
-        options = [{PROVIDERS[device][0]: {"enable_cuda_graph": "1"}}]
+    options: list[dict[str, Any]] = [{PROVIDERS[device][0]: {}}] if device in PROVIDERS else []
     session: dict[str, Any] = {"provider_options": options}
     if PurePath(library).suffix != ".a":
         session["custom_ops_library"] = library
@@ -133,6 +131,36 @@ generator.append_tokens(numpy.concatenate([last, tokenizer.encode("\\nAnd then?"
 ```
 
 On the command line: `bitcompile run . --prompt "Once upon a time"`, or `--chat`.
+
+"""
+
+_CUDA = """\
+## The GPU
+
+It needs the CUDA builds of these packages in the place of the others, and a driver for CUDA 13:
+
+```console
+$ pip uninstall -y onnxruntime onnxruntime-genai
+$ pip install "onnxruntime-gpu[cuda,cudnn]" onnxruntime-genai-cuda
+```
+
+Where onnxruntime does not find the libraries that `[cuda,cudnn]` installs, call
+`onnxruntime.preload_dlls()` first.
+
+"""
+
+_GENAI_CUDA = """\
+One sequence decodes faster if its kernels are replayed as a CUDA graph, as `bitcompile run` has it;
+prompts of several sequences do not run then:
+
+```python
+import json
+
+options = {"provider_options": [{"cuda": {"enable_cuda_graph": "1"}}]}
+config = og.Config(".")
+config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+model = og.Model(config)
+```
 
 """
 
@@ -275,6 +303,8 @@ SECTIONS = {
     "python": _PYTHON,
     "genai": _GENAI,
     "c": _C,
+    "cuda": _CUDA,
+    "genai_cuda": _GENAI_CUDA,
     "c_static": _C_STATIC,
     "android": _ANDROID,
     "swift": _SWIFT,
@@ -291,7 +321,7 @@ def readme(imported: Imported, lowered: Lowered) -> str:
     from bitcompile import __version__
 
     language = imported.language
-    chosen = [x for x in lowered.target.guide if x != "genai" or language is not None]
+    chosen = [x for x in lowered.target.guide if language is not None or "genai" not in x]
     template = _HEADER + "".join(SECTIONS[x] for x in chosen) + _FILES
     name = PROVIDERS.get(lowered.target.device, ("",))[1:]
     values = {

@@ -85,14 +85,19 @@ class TextModel:
         self._genai = _import_genai()
         runtime.require_onnxruntime(str(artifact.manifest["min_onnxruntime"]))
         runtime.require_host(artifact)
-        if artifact.manifest["target"]["device"] in PROVIDERS:
+        options: dict[str, Any] = {}
+        device = artifact.manifest["target"]["device"]
+        if device in PROVIDERS:
             _require_gpu(self._genai)
+            # One sequence can be replayed; prompts of several would not run.
+            options["provider_options"] = [{PROVIDERS[device][0]: {"enable_cuda_graph": "1"}}]
+        if threads is not None:
+            options["intra_op_num_threads"] = threads
         self.context = int(artifact.manifest["language"]["context_length"])
         self._path = artifact.path
         with _calling_genai(f"load {artifact.path}"):
             config = self._genai.Config(str(artifact.path.absolute()))
-            if threads is not None:
-                options = {"intra_op_num_threads": threads}
+            if options:
                 config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
             self._model = self._genai.Model(config)
             self._tokenizer = self._genai.Tokenizer(self._model)

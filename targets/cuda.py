@@ -55,6 +55,7 @@ CUDA = Target(
     can_build_here=_can_build_here,
     activations="float16",
     heads=("float", "q8", "q4"),
+    guide=("python", "genai", "cuda", "genai_cuda", "c"),
     choices={"activations": ("float16", "bfloat16")},
     vary=_vary,
 )

@@ -458,9 +458,9 @@ static int multiply(const bc_gpu *gpu, void *stream, const bc_linear *job, const
   return result || !rest ? result : multiply_part(gpu, stream, job, from, rest, M, job->M - M);
 }
 
-/* Blocks of bc_grouped that take a multiprocessor as long as one of bc_grouped_many (measured on an
- * H100). */
-enum { MANY_COST = 24 };
+/* Blocks of bc_grouped that take a multiprocessor as long as one tile of bc_grouped_many, or of
+ * bc_grouped_wgmma (measured on an H100). */
+enum { MANY_COST = 24, WGMMA_COST = 12 };
 
 /* Units of columns that a warp takes in one turn, whole groups: all, if their sums fit in half of
  * the shared memory. */
@@ -493,14 +493,16 @@ static int multiply_groups(const bc_gpu *gpu, void *stream, const bc_linear *job
                        .has_bias = job->bias != NULL,
                        .has_residual = job->residual != NULL};
   int64_t blocks = ceil_div(job->N, BC_GEMM_ROWS), columns = ceil_div(job->M, GEMM_TOKENS);
-  int64_t turns = ceil_div(blocks * columns, gpu->processors);
-  int many = turns * gpu->processors * MANY_COST <= tiles * ceil_div(job->M, TOKENS);
-  if (job->tile) many = job->tile == BC_MMA_TILE;
   int wgmma = job->group_size >= 128  ? BC_GROUPED_WGMMA128
               : job->group_size == 64 ? BC_GROUPED_WGMMA64
                                       : BC_GROUPED_WGMMA32;
-  many = many && a.group_blocks % BC_GROUPED_MANY_LEAST == 0;
-  if (many && gpu->kernel[wgmma] && !job->split)
+  int hopper = gpu->kernel[wgmma] && !job->split;
+  int64_t turns = ceil_div(blocks * columns, gpu->processors);
+  int64_t cost = turns * gpu->processors * (hopper ? WGMMA_COST : MANY_COST);
+  int many = job->tile ? job->tile == BC_MMA_TILE : cost <= tiles * ceil_div(job->M, TOKENS);
+  /* Few tokens are not padded to tiles of many. */
+  many = many && job->M > 2 * TOKENS && a.group_blocks % BC_GROUPED_MANY_LEAST == 0;
+  if (many && hopper)
     return launch(gpu, stream, wgmma, least(blocks * columns, gpu->processors), 1, BC_WGMMA_THREADS,
                   BC_GROUPED_WGMMA_SHARED, (void *[])BC_GROUPED_ARGS(a), job->early);
   if (many)
