@@ -82,7 +82,7 @@ class NarrowActivations(Pass):
         shape = ir.Shape(list(tensor.shape.numpy()))
         return edit.initializer(graph, name, ir.LazyTensor(convert, dtype=self.narrow, shape=shape))
 
-    def _converted(self, tensor: ir.TensorProtocol) -> ir.Tensor:
+    def _converted(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
         return ir.tensor(tensor.numpy().astype(self.narrow.numpy()), dtype=self.narrow)
 
     def _attributes(self, node: ir.Node) -> None:

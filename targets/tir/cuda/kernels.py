@@ -9,6 +9,7 @@ from typing import Any
 
 from bitcompile.targets.tir.cuda import decode, fused, gemm, gemv, grouped, head, roof, rows
 from bitcompile.targets.tir.cuda.device import source
+from bitcompile.targets.tir.cuda.tile import TILE_ROWS
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ SIZES = {
     "BC_GEMM_STAGES": gemm.STAGES,
     "BC_WGMMA_THREADS": gemm.HOPPER_THREADS,
     "BC_GROUPED_WARPS": grouped.WARPS,
-    "BC_GROUPED_GROUP": 4 * (grouped.RESULTS + grouped.TILE_ROWS),
+    "BC_GROUPED_GROUP": 4 * (grouped.RESULTS + TILE_ROWS),
     "BC_GROUPED_MANY_THREADS": grouped.MANY_THREADS,
     "BC_GROUPED_MANY_LEAST": grouped.MANY_LEAST,
     "BC_GROUPED_WGMMA_SHARED": grouped.WGMMA_SHARED,
