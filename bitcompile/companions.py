@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 PROVIDERS = {"cuda": ("cuda", "CUDAExecutionProvider")}
 """Device of a target to what onnxruntime-genai and onnxruntime call its execution provider."""
+PROVIDER_OPTIONS = {"use_tf32": "0"}
+"""TF32 would round the factors of float32 products to ten bits."""
 
 
 def genai_config(language: LanguageModel, library: str, device: str = "cpu") -> dict[str, Any]:
@@ -323,7 +325,8 @@ def readme(imported: Imported, lowered: Lowered) -> str:
     language = imported.language
     chosen = [x for x in lowered.target.guide if language is not None or "genai" not in x]
     template = _HEADER + "".join(SECTIONS[x] for x in chosen) + _FILES
-    name = PROVIDERS.get(lowered.target.device, ("",))[1:]
+    device = lowered.target.device
+    first = [(PROVIDERS[device][1], PROVIDER_OPTIONS)] if device in PROVIDERS else []
     values = {
         "source": imported.source,
         "target": lowered.target.name,
@@ -334,7 +337,7 @@ def readme(imported: Imported, lowered: Lowered) -> str:
         "library": lowered.target.library,
         "archive": PurePath(lowered.target.library).with_suffix(".a").name,
         "minimum": MIN_ONNXRUNTIME,
-        "providers": str([*name, "CPUExecutionProvider"]),
+        "providers": str([*first, "CPUExecutionProvider"]),
         "length": str(min(256, language.context_length) if language is not None else 0),
     }
     for key, value in values.items():

@@ -16,6 +16,7 @@ from bitcompile.artifact import Artifact, Progress
 from bitcompile.cuda_decoder import DEVICE, CudaDecoder
 from bitcompile.cuda_driver import Card
 from bitcompile.decoder import ELEMENTS, kv_bytes
+from bitcompile.errors import BitcompileError, ToolchainError
 from bitcompile.roof import roof_session
 
 ROOF_BYTES = 1 << 30
@@ -26,14 +27,17 @@ WARM_UP_STEPS = 4
 
 
 def measure(
-    artifact: Artifact, sizes: Mapping[str, int], repeat: int, threads: int | None,
+    artifact: Artifact,
+    sizes: Mapping[str, int],
+    repeat: int,
+    threads: int | None,
     progress: Progress,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """What was measured: ``seconds`` of ``read``, ``prefill``, ``decode``, a list each, and
     ``device, cuda_graph, load_s, gpu_memory_bytes, kv_cache_bytes``.
 
     ``sizes``: ``prefill, decode, context, batch``. A decoded step is the one in the middle of the
-    ``decode`` that follow ``context``. Raises ToolchainError if this machine cannot run it.
+    ``decode`` that follow ``context``. Raises ToolchainError if this machine cannot run that.
     """
     runtime.session_options(artifact.path)  # these two fail early and clearly
     runtime.providers(artifact)
@@ -73,7 +77,18 @@ class _Model:
         try:
             self._prepare(longest, graph=True)
         except Exception:  # of onnxruntime: a graph holds no node that runs on the CPU
+            self._prepare_without_graph(longest)
+
+    def _prepare_without_graph(self, longest: int) -> None:
+        try:
             self._prepare(longest, graph=False)
+        except BitcompileError:
+            raise
+        except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            raise ToolchainError(
+                f"the GPU cannot run {self._artifact.path} ({runtime.one_line(error)}): if it is "
+                "out of memory, ask for fewer tokens or sequences"
+            ) from error
 
     def _prepare(self, longest: int, graph: bool) -> None:
         """Load it, fill its cache, and run everything that is measured."""

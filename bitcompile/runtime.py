@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bitcompile.artifact import Artifact
-from bitcompile.companions import PROVIDERS
+from bitcompile.companions import PROVIDER_OPTIONS, PROVIDERS
 from bitcompile.errors import InputError, ToolchainError, UsageError
 from bitcompile.opset import DOMAIN
 
@@ -67,9 +67,8 @@ GPU_PACKAGES = 'pip uninstall -y onnxruntime; pip install "onnxruntime-gpu[cuda,
 def providers(artifact: Artifact, plugin: bool = True, **options: str) -> list[Any]:
     """The execution providers of a session, that of the artifact's GPU with ``options`` first.
 
-    The functions run there too, or on the CPU if onnxruntime has no such provider. TF32 is off: it
-    would round the factors of float32 products to ten bits. Raises ToolchainError if the artifact
-    needs the provider.
+    The functions run there too, or on the CPU if onnxruntime has no such provider. Raises
+    ToolchainError if the artifact needs it.
     """
     import onnxruntime
 
@@ -86,7 +85,7 @@ def providers(artifact: Artifact, plugin: bool = True, **options: str) -> list[A
             f"its place ({GPU_PACKAGES}){remedy}"
         )
     preload()
-    return [(name, {"use_tf32": "0", **options}), CPU]
+    return [(name, {**PROVIDER_OPTIONS, **options}), CPU]
 
 
 def preload() -> None:

@@ -449,6 +449,9 @@ def test_what_a_gpu_is_measured_by(
     monkeypatch.setattr(cuda_bench, "Card", Card)
     monkeypatch.setattr(runtime, "providers", providers)
     sizes = {"prefill": 4, "decode": 4, "context": 2, "batch": 2}
+    too_long = {**sizes, "prefill": 500}  # longer than the rotary tables
+    with pytest.raises(ToolchainError, match="ask for fewer tokens or sequences"):
+        cuda_bench.measure(tiny, too_long, 1, 1, lambda _: None)
     measured = cuda_bench.measure(tiny, sizes, 2, 1, lambda _: None)
     assert measured["cuda_graph"] is graphs
     assert {name: len(seconds) for name, seconds in measured["seconds"].items()} == {
