@@ -350,9 +350,11 @@ def _whole(quantized: Arrays, isa: str) -> np.ndarray:
     return np.stack(halves, axis=2).reshape(len(halves[0]), -1)
 
 
-def head_inputs(rng: np.random.Generator, V: int, K: int, M: int, bits: int) -> Arrays:
+def head_inputs(
+    rng: np.random.Generator, V: int, K: int, M: int, bits: int, block: int = 128
+) -> Arrays:
     """A random head table and activations, with the reference's results."""
-    codes, scale = numerics.quantize_table(rng.standard_normal((V, K)).astype("f4"), bits, 128)
+    codes, scale = numerics.quantize_table(rng.standard_normal((V, K)).astype("f4"), bits, block)
     x = rng.standard_normal((M, K)).astype(np.float32)
     return {"x": x, "codes": codes, "table_scale": scale, **head_reference(x, codes, scale, bits)}
 

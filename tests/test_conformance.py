@@ -68,12 +68,14 @@ def test_random_shapes_with_tails(variant: tuple[Machine, str]) -> None:
     assert kernels.check(*variant, list(kernels.sweep(1, 30, variant[0].tiles))) > 100_000
 
 
+@pytest.mark.parametrize("block", [128, 384])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_heads_of_any_number_of_rows(variant: tuple[Machine, str], bits: int) -> None:
+def test_heads_of_any_number_of_rows(variant: tuple[Machine, str], bits: int, block: int) -> None:
     """Every way to divide activation rows and table rows into register tiles."""
     rng = np.random.default_rng(bits)
     for M in range(1, 10):
-        kernels.check_head(*variant, kernels.head_inputs(rng, 18 + M % 2, 300, M, bits), bits)
+        a = kernels.head_inputs(rng, 18 + M % 2, 500, M, bits, block)
+        kernels.check_head(*variant, a, bits)
 
 
 @pytest.mark.parametrize(("cpu", "isa"), [(A53, "neon"), (A76, "dotprod"), (MAX, "i8mm")])

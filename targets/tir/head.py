@@ -30,6 +30,8 @@ from bitcompile.targets.tir.rows import add_lanes, quantized, row_magnitude, row
 
 CHUNK = 64
 """Table bytes of one step; an int32 lane covers 4 of them (``numerics.HEAD_LANES``)."""
+BLOCK = 128
+"""Weights under one scale as the passes write them; other blocks run the same steps in a loop."""
 SPLIT = 128
 """Activations are ``128 * hi + lo``, both int8, where the instruction set multiplies bytes."""
 HALVES = ("hi", "lo")
@@ -118,8 +120,13 @@ def head(isa: Isa, name: str, bits: int) -> Any:
 
     def body(table: Buffer, scale: Buffer, hi: Buffer, lo: Buffer, offset: Buffer, s: Buffer,
              y: Buffer, V: Expr, M: Expr, B: Expr, per_block: Expr, ldy: Expr) -> None:  # fmt: skip
-        made = _Head(isa, bits, table, scale, {"hi": hi, "lo": lo}, offset, s, y, B, per_block, ldy)
-        in_powers(M, isa.head.rows, lambda m, size: made.rows(V, m, size))
+        usual = BLOCK // (CHUNK * _parts(bits))
+        for chunks, chosen in ((usual, per_block == usual), (per_block, per_block != usual)):
+            made = _Head(
+                isa, bits, table, scale, {"hi": hi, "lo": lo}, offset, s, y, B, chunks, ldy
+            )
+            with when(chosen):
+                in_powers(M, isa.head.rows, lambda m, size, made=made: made.rows(V, m, size))
 
     pointers = [("table", "uint8*"), ("scale", "float32*"), ("hi", "int8*"), ("lo", "int8*")]
     pointers += [("offset", "int32*"), ("s", "float32*"), ("y", "float32*")]
@@ -141,7 +148,8 @@ class _Head:
     s: Buffer
     y: Buffer
     B: Expr
-    per_block: Expr
+    per_block: int | Expr
+    """A number is unrolled."""
     ldy: Expr
 
     @property
@@ -173,8 +181,12 @@ class _Head:
                     store(acc[half], i * lanes, const(0, "int32", lanes), lanes)
                 start = load(self.offset, ((m + r) * self.B + b) * lanes, lanes)
                 store(acc["lo"], i * lanes, start, lanes)
-            with T.serial(self.per_block) as c:
-                self._chunk(acc, v, m, b * self.per_block + c, wide, size)
+            if isinstance(self.per_block, int):
+                for c in range(self.per_block):
+                    self._chunk(acc, v, m, b * self.per_block + c, wide, size)
+            else:
+                with T.serial(self.per_block) as c:
+                    self._chunk(acc, v, m, b * self.per_block + c, wide, size)
             for i, (_, t) in enumerate(cells):
                 total = load(acc["lo"], i * lanes, lanes)
                 if "hi" in acc:
