@@ -219,16 +219,19 @@ static int32_t fused_warps(const bc_linear *job, const Fused *way) {
   return (int32_t)(ceil_div(units_of(job), BC_FUSED_SPARE) * BC_FUSED_SPARE / way->share);
 }
 
-static int64_t fused_shared(const bc_linear *job, const Fused *way, int64_t step) {
+static int64_t fused_shared(const bc_gpu *gpu, const bc_linear *job, const Fused *way, int64_t step) {
   int64_t slots = step * pairs_of(job), row = fused_warps(job, way) * way->share + BC_FUSED_SPARE;
-  return (slots * units_of(job) + row) * 512 + slots * TILE_ROWS * 4;
+  int64_t needed = (slots * units_of(job) + row) * 512 + slots * TILE_ROWS * 4;
+  /* No room for a third block: where one is free, two of the next kernel would share it. */
+  int64_t third = job->early ? gpu->shared_limit / 3 : 0;
+  return needed > third ? needed : third;
 }
 
 /* Row tiles of a block: one block for each multiprocessor, if its memory holds all their weights. */
 static int32_t fused_step(const bc_gpu *gpu, const bc_linear *job, const Fused *way) {
   int64_t tiles = ceil_div(job->N, TILE_ROWS), wanted = ceil_div(tiles, gpu->processors);
   int32_t step = least(job->step ? job->step : wanted, way->most_tiles / pairs_of(job));
-  while (step && fused_shared(job, way, step) > gpu->shared_limit - 1024) step--;
+  while (step && fused_shared(gpu, job, way, step) > gpu->shared_limit - 1024) step--;
   return step;
 }
 
@@ -335,7 +338,7 @@ static int fused(const bc_gpu *gpu, void *stream, const bc_linear *job) {
                      .activation = job->gate_out,
                      .eps = job->eps};
   return launch(gpu, stream, way->kernel, ceil_div(tiles, step), 1, (warps + ending + 1) * 32,
-                fused_shared(job, way, step), (void *[])BC_FUSED_ARGS(a), job->early);
+                fused_shared(gpu, job, way, step), (void *[])BC_FUSED_ARGS(a), job->early);
 }
 
 static int gemv(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from) {

@@ -108,8 +108,8 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
     """``y = scaled(W quantise(norm(x)))`` for one row whose warps have ``share`` units each.
 
     The number of values is a multiple of 4; ``wide``: they are float32, else of a 16-bit type.
-    ``W``: units ``[tiles, units]``; ``y`` ``[N]`` of ``type_y``, plus bias ``[N]`` and residual like
-    y. With ``gate``, rows n and N + n of W give ``act(gate) * up``. Grid: blocks of ``step`` tiles.
+    ``W``: units ``[tiles, units]``; ``y`` ``[N]`` of ``type_y``, plus bias ``[N]`` and residual
+    like y. With ``gate``, rows n and N + n of W give ``act(gate) * up``. Grid: blocks of ``step`` tiles.
     Threads: 32 * (``warps`` + ``ending`` + 1), of which ``ending`` warps have a lane for each row.
     ``warps * share`` is a multiple of SPARE. Dynamic shared memory: ``fused_shared`` in
     ``cuda_launch.c``.
@@ -210,31 +210,37 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
                 do("bc_load_shared8", at(b, p * 8), from_)
             put(part, call("int32", "__reduce_add_sync", T.uint32(0xFFFFFFFF), part[0]))
 
-            acc, words = local(4, "int32"), local(4, "uint32")
+            together = 4 // share  # units: more registers would cost a block
+            acc, words = local(4, "int32"), local(4 * together, "uint32")
+            for i in range(4 * together):
+                put(words, T.uint32(0), i)
             address = call("uint32", "bc_shared", at(room, own * UNIT_WORDS + lane * 4))
             next_ = variable(address, "uint32")
+            address = call("uint32", "bc_shared", at(room, sums + c * 8 + g))
+            sum_at = variable(address, "uint32")
             with rolled(slots) as slot:
                 for i in range(4):
                     put(acc, T.int32(0), i)
-                for cut in range(cuts):
-                    begins = own + share > half * cut
-                    ends = own < half if cut == 0 else True
-                    if cuts == 1:
-                        do("bc_landed", at(landed, slot))
-                    else:
-                        with when(begins if cut else ends):
-                            do("bc_landed", at(landed, slot * cuts + cut))
-                for p in range(share):
-                    with when(own + p < units):
-                        unit = next_[0] + T.uint32(p * UNIT_WORDS * 4)
-                        do("bc_load_shared_unit", at(words, 0), unit)
-                        for t in range(4):
-                            q = b[p * 8 + 2 * t], b[p * 8 + 2 * t + 1]
-                            do("bc_dot16", at(acc, 0), words[t], *q)
+                if cuts == 1:
+                    do("bc_landed", at(landed, slot))
+                else:
+                    with when(own < half):
+                        do("bc_landed", at(landed, slot * 2))
+                    with when(own + share > half):
+                        do("bc_landed", at(landed, slot * 2 + 1))
+                for p in range(0, share, together):
+                    for i in range(together):
+                        unit = next_[0] + T.uint32((p + i) * UNIT_WORDS * 4)
+                        wanted = T.cast(own + (p + i) < units, "int32")
+                        do("bc_load_shared_unit_if", at(words, i * 4), unit, wanted)
+                    for t in range(4 * together):
+                        q = b[(p * 4 + t) * 2], b[(p * 4 + t) * 2 + 1]
+                        do("bc_dot16", at(acc, 0), words[t], *q)
                 put(next_, next_[0] + T.cast(units * (UNIT_WORDS * 4), "uint32"))
                 sum_ = lane_row(acc, lane) - part[0]
                 with when(c < 2):
-                    do("bc_add_shared", at(room, sums + slot * TILE_ROWS + c * 8 + g), sum_)
+                    do("bc_add_at", sum_at[0], sum_)
+                put(sum_at, sum_at[0] + T.uint32(TILE_ROWS * 4))
             do("bc_meet", meeting)
 
         with when(T.And(warp >= warps, warp < warps + ending)):

@@ -192,6 +192,15 @@ BC_INLINE void bc_store_squares(uint address, const float* v) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v[0] * v[0]),
                "f"(v[1] * v[1]), "f"(v[2] * v[2]), "f"(v[3] * v[3]) : "memory");
 }
+BC_INLINE void bc_add_at(uint address, int v) {
+  asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+/* A lane's four words of a unit, which stay as they are if it is not wanted. */
+BC_INLINE void bc_load_shared_unit_if(uint* out, uint address, int wanted) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n@p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+               : "+r"(out[0]), "+r"(out[1]), "+r"(out[2]), "+r"(out[3])
+               : "r"(address), "r"(wanted) : "memory");
+}
 /* A lane's two of each of COUNT steps of 64 values; volatile, or they move to where they are used. */
 template <int COUNT>
 BC_INLINE void bc_load_steps(float* out, uint address) {
@@ -419,10 +428,6 @@ BC_INLINE void bc_copy_commit() { asm volatile("cp.async.commit_group;" ::: "mem
 template <int N>
 BC_INLINE void bc_copy_wait_but() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-BC_INLINE void bc_load_shared_unit(uint* out, uint address) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(address) : "memory");
 }
 BC_INLINE void bc_copy_wait2() { asm volatile("cp.async.wait_group 2;" ::: "memory"); }
 
