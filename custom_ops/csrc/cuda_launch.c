@@ -67,7 +67,8 @@ static struct {
 } cuda;
 static atomic_flag lock = ATOMIC_FLAG_INIT;
 
-typedef struct Fused { /* kernels of one token: units of a warp, warps of the row, tiles of a block */
+typedef struct Fused { /* kernels of one token: units of a warp, warps of the row, tiles of a block
+                        */
   int kernel, share, most_warps, most_tiles, wide, gate;
 } Fused;
 static const Fused fused_ways[] = {BC_FUSED_WAYS};
@@ -145,7 +146,8 @@ static const char *prepare(bc_gpu *gpu) {
                                          gpu->device);
     if (result) return bc_cuda_error(result);
   }
-  /* A multiprocessor with another split of its memory takes none of their blocks before it is idle. */
+  /* A multiprocessor with another split of its memory takes none of their blocks before it is idle.
+   */
   for (int i = 0; i < FUSED_WAYS; i++)
     if (gpu->kernel[fused_ways[i].kernel])
       cuda.cuKernelSetAttribute(CARVEOUT, 100, gpu->kernel[fused_ways[i].kernel], gpu->device);
@@ -219,7 +221,8 @@ static int32_t fused_warps(const bc_linear *job, const Fused *way) {
   return (int32_t)(ceil_div(units_of(job), BC_FUSED_SPARE) * BC_FUSED_SPARE / way->share);
 }
 
-static int64_t fused_shared(const bc_gpu *gpu, const bc_linear *job, const Fused *way, int64_t step) {
+static int64_t fused_shared(const bc_gpu *gpu, const bc_linear *job, const Fused *way,
+                            int64_t step) {
   int64_t slots = step * pairs_of(job), row = fused_warps(job, way) * way->share + BC_FUSED_SPARE;
   int64_t needed = (slots * units_of(job) + row) * 512 + slots * TILE_ROWS * 4;
   /* No room for a third block: where one is free, two of the next kernel would share it. */
@@ -227,7 +230,8 @@ static int64_t fused_shared(const bc_gpu *gpu, const bc_linear *job, const Fused
   return needed > third ? needed : third;
 }
 
-/* Row tiles of a block: one block for each multiprocessor, if its memory holds all their weights. */
+/* Row tiles of a block: one block for each multiprocessor, if its memory holds all their weights.
+ */
 static int32_t fused_step(const bc_gpu *gpu, const bc_linear *job, const Fused *way) {
   int64_t tiles = ceil_div(job->N, TILE_ROWS), wanted = ceil_div(tiles, gpu->processors);
   int32_t step = least(job->step ? job->step : wanted, way->most_tiles / pairs_of(job));

@@ -48,7 +48,7 @@ STEPS = 8
 """Squares of a partial sum that are loaded together."""
 SPARE = STEPS * LANES // UNIT_COLUMNS
 """Units that the ordered sum may read beyond the row."""
-MOST_TILES = {2: 8, 4: 4}
+MOST_TILES = {2: 8, 4: 2}
 """Row tiles of a block, likewise; both of a pair count. *Ending* warps have a lane for each row."""
 PIECES = 8
 """Most copies of weights of a block: one a tile, or two of a long one."""
@@ -109,9 +109,9 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
 
     The number of values is a multiple of 4; ``wide``: they are float32, else of a 16-bit type.
     ``W``: units ``[tiles, units]``; ``y`` ``[N]`` of ``type_y``, plus bias ``[N]`` and residual
-    like y. With ``gate``, rows n and N + n of W give ``act(gate) * up``. Grid: blocks of ``step`` tiles.
-    Threads: 32 * (``warps`` + ``ending`` + 1), of which ``ending`` warps have a lane for each row.
-    ``warps * share`` is a multiple of SPARE. Dynamic shared memory: ``fused_shared`` in
+    like y. With ``gate``, rows n and N + n of W give ``act(gate) * up``. Grid: blocks of ``step``
+    tiles. Threads: 32 * (``warps`` + ``ending`` + 1), of which ``ending`` warps have a lane for
+    each row. ``warps * share`` is a multiple of SPARE. Dynamic shared memory: ``fused_shared`` in
     ``cuda_launch.c``.
     """
     pairs = 2 if gate else 1

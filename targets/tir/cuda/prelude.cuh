@@ -289,7 +289,9 @@ BC_INLINE void bc_landed(void* barrier) {
 #endif
       "@!done bra again;\n}" ::"r"((uint)__cvta_generic_to_shared(barrier)) : "memory");
 }
-BC_INLINE void bc_load_constant4(float* out, const float* p, int i) { *(float4*)out = *(const float4*)(p + i); }
+BC_INLINE void bc_load_constant4(float* out, const float* p, int i) {
+  *(float4*)out = *(const float4*)(p + i);
+}
 
 /* ---- arithmetic ------------------------------------------------------------------------------ */
 
