@@ -230,8 +230,7 @@ static int64_t fused_shared(const bc_gpu *gpu, const bc_linear *job, const Fused
   return needed > third ? needed : third;
 }
 
-/* Row tiles of a block: one block for each multiprocessor, if its memory holds all their weights.
- */
+/* Row tiles of a block: one for each multiprocessor, if its memory holds their weights. */
 static int32_t fused_step(const bc_gpu *gpu, const bc_linear *job, const Fused *way) {
   int64_t tiles = ceil_div(job->N, TILE_ROWS), wanted = ceil_div(tiles, gpu->processors);
   int32_t step = least(job->step ? job->step : wanted, way->most_tiles / pairs_of(job));

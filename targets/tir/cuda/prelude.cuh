@@ -171,7 +171,6 @@ BC_INLINE void bc_load_int4(int* out, const void* p, int64_t byte) {
 /* ---- shared memory --------------------------------------------------------------------------- */
 
 BC_INLINE void bc_add_shared(int* p, int v) { atomicAdd(p, v); }
-BC_INLINE void bc_load_shared2(float* out, const float* p) { *(float2*)out = *(const float2*)p; }
 BC_INLINE void bc_load_shared4(float* out, const float* p) { *(float4*)out = *(const float4*)p; }
 BC_INLINE void bc_store_shared4(float* p, const float* v) { *(float4*)p = *(const float4*)v; }
 BC_INLINE uint bc_shared(const void* p) { return (uint)__cvta_generic_to_shared(p); }
@@ -236,14 +235,6 @@ BC_INLINE void bc_load_unit(uint* out, uint64_t address, int wanted) {
       "@p ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
       : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
       : "l"(address), "r"(wanted) : "memory");
-}
-
-/* The same into shared memory, 16 bytes a lane. */
-BC_INLINE void bc_copy_unit(uint to, uint64_t address, int wanted) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n"
-      "@p cp.async.cg.shared.global.L2::256B [%0], [%1], 16;\n}"
-      ::"r"(to), "l"(address), "r"(wanted) : "memory");
 }
 
 /* Weights on their way to shared memory: a barrier of each copy tells, once, when they have landed. */
@@ -427,10 +418,6 @@ BC_INLINE void bc_copy_async4(void* to, const void* from) {
 }
 BC_INLINE void bc_copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 BC_INLINE void bc_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N>
-BC_INLINE void bc_copy_wait_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
 BC_INLINE void bc_copy_wait2() { asm volatile("cp.async.wait_group 2;" ::: "memory"); }
 
 /* ---- Hopper: bulk copies, barriers in shared memory, warpgroup products ---------------------- */
