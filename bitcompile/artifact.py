@@ -69,7 +69,10 @@ _SCHEMA: dict[str, Any] = {
     "layout": str,
     "library": str,
     "min_onnxruntime": _version,
-    "options": {"head": ("q8", "q4", "float")},
+    "options": {
+        "head": ("q8", "q4", "float"),
+        "activations": (None, "float32", "float16", "bfloat16"),
+    },
     "passes": [dict],
     "kernels": [dict],
     "inspection": {
@@ -164,6 +167,11 @@ class Artifact:
     def library(self) -> Path:
         """The plugin."""
         return self.path / str(self.manifest["library"])
+
+    @property
+    def activations(self) -> str:
+        """Element type of what passes between operators."""
+        return str(self.manifest["options"].get("activations") or "float32")
 
     def check_sizes(self) -> None:
         """Raises InputError if a file of the manifest is missing or has another size."""

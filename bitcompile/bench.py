@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from bitcompile import runtime
+from bitcompile import cuda_bench, runtime
 from bitcompile.artifact import Artifact, Progress, silent
 from bitcompile.bench_ops import measure_operators
 from bitcompile.companions import PROVIDERS
-from bitcompile.decoder import Decoder, kv_bytes
+from bitcompile.decoder import BYTES, Decoder, kv_bytes
 from bitcompile.errors import InputError, ToolchainError, UsageError
-from bitcompile.opset import DOMAIN, IR_VERSION, ONNX_OPSET
+from bitcompile.roof import roof_session
 
 ROOF_BYTES = 768 << 20
 """Read by the memory roof: far more than any cache."""
@@ -52,17 +52,14 @@ def bench(
     CPU this process may use); ``repeat``: interleaved repeats; ``context``: tokens in the cache
     when decoding begins (None: the prefill's); ``batch``: sequences decoded together, whose tokens
     all count; ``ops``: also the time of each kind of operator (:mod:`bitcompile.bench_ops`). Rates
-    are medians. Raises InputError for an artifact without a language model, UsageError for sizes it
-    cannot hold, ToolchainError for a plugin without CPU kernels or if the onnx package (for the
-    roofs' models) is missing.
+    are medians. An artifact for CUDA is measured on the GPU (:mod:`bitcompile.cuda_bench`). Raises
+    InputError for an artifact without a language model, UsageError for sizes it cannot hold or
+    ``ops`` on a GPU, ToolchainError for a plugin without CPU kernels, a machine that cannot run it
+    or if the onnx package (for the roofs' models) is missing.
     """
     language = artifact.manifest["language"]
     if language is None:
         raise InputError("bench measures language models; this artifact has no decoder")
-    if artifact.manifest["target"]["device"] in PROVIDERS:
-        raise ToolchainError(
-            "bench measures CPUs and OpenCL devices; tests/gpu of the source measures CUDA"
-        )
     if min(prefill, decode, repeat, batch) < 1:
         raise UsageError("prefill, decode, repeat and batch must be 1 or more")
     start = prefill if context is None else context
@@ -72,6 +69,16 @@ def bench(
         raise UsageError(
             f"{what} = {longest} tokens, but the artifact's context is "
             f"{language['context_length']}: ask for fewer, or build with --context"
+        )
+    sizes = {"prefill": prefill, "decode": decode, "context": start, "batch": batch}
+    if artifact.manifest["target"]["device"] in PROVIDERS:
+        if ops:
+            raise UsageError(
+                "--ops times operators on CPUs; onnxruntime starts those of a GPU without waiting: "
+                "use nsys profile bitcompile bench"
+            )
+        return _cuda_report(
+            artifact, sizes, cuda_bench.measure(artifact, sizes, repeat, threads, progress)
         )
     threads = threads or len(os.sched_getaffinity(0))
     roofs = Roofs(artifact, threads)
@@ -98,7 +105,6 @@ def bench(
         seconds["prefill"].append(_prefill(single, tokens))
         seconds["decode"].append(_decode(together, start, decode))
         seconds["dot"].append(settled(roofs.dot))
-    sizes = {"prefill": prefill, "decode": decode, "context": start, "batch": batch}
     report = _report(artifact, sizes, threads, seconds, roofs, resident, load_s)
     if ops:
         progress("timing operators")
@@ -148,43 +154,78 @@ def _report(
     resident: int,
     load_s: float,
 ) -> dict[str, Any]:
-    language, inspection = artifact.manifest["language"], artifact.manifest["inspection"]
-    rates = {name: [1 / s for s in values] for name, values in seconds.items()}
-    median = {name: statistics.median(values) for name, values in rates.items()}
-    read_roof = median["read"] * ROOF_BYTES
-    int_peak = median["dot"] * roofs.macs
-    prefill, decode, batch = sizes["prefill"], sizes["decode"], sizes["batch"]
-    context = sizes["context"] + decode / 2
-    # A step reads the weights once for all its sequences, and each one's cache.
-    touched = bytes_per_token(artifact) / batch + kv_bytes(language, 1) * context
-    spread = (max(rates["read"]) - min(rates["read"])) / median["read"]
-    decoded = decode * batch
-    decode_rate, prefill_rate = median["decode"] * decoded, median["prefill"] * prefill
+    inspection = artifact.manifest["inspection"]
+    read_roof = statistics.median(1 / s for s in seconds["read"]) * ROOF_BYTES
+    int_peak = statistics.median(1 / s for s in seconds["dot"]) * roofs.macs
+    figures = _rates(artifact, sizes, seconds, read_roof)
+    prefill = figures["prefill_tokens_per_s"]
     return {
         "threads": threads,
         "isa": roofs.isa,
+        **figures,
+        "int_peak_macs_per_s": int_peak,
+        "prefill_peak_share": prefill * inspection["parameters"]["ternary"] / int_peak,
+        "load_s": load_s,
+        "resident_bytes": resident,
+        **_ending(artifact, seconds),
+    }
+
+
+def _cuda_report(
+    artifact: Artifact, sizes: Mapping[str, int], measured: Mapping[str, Any]
+) -> dict[str, Any]:
+    seconds = measured["seconds"]
+    read_roof = statistics.median(1 / s for s in seconds["read"]) * cuda_bench.ROOF_BYTES
+    return {
+        "device": measured["device"],
+        "activations": artifact.activations,
+        "cuda_graph": measured["cuda_graph"],
+        **_rates(artifact, sizes, seconds, read_roof),
+        **{key: measured[key] for key in ("load_s", "gpu_memory_bytes", "kv_cache_bytes")},
+        **_ending(artifact, seconds),
+    }
+
+
+def _rates(
+    artifact: Artifact,
+    sizes: Mapping[str, int],
+    seconds: Mapping[str, list[float]],
+    read_roof: float,
+) -> dict[str, Any]:
+    """What a report says of tokens."""
+    prefill, decode, batch = sizes["prefill"], sizes["decode"], sizes["batch"]
+    context = sizes["context"] + decode / 2
+    # A step reads the weights once for all its sequences, and each one's cache.
+    cached = kv_bytes(artifact.manifest["language"], 1, artifact.activations) * context
+    touched = bytes_per_token(artifact) / batch + cached
+    prefills = [prefill / s for s in seconds["prefill"]]
+    decodes = [decode * batch / s for s in seconds["decode"]]
+    decode_rate = statistics.median(decodes)
+    return {
         "prefill_tokens": prefill,
         "decode_tokens": decode,
         "context": sizes["context"],
         "batch": batch,
-        "prefill_tokens_per_s": prefill_rate,
-        "prefill_tokens_per_s_range": [min(rates["prefill"]) * prefill,
-                                       max(rates["prefill"]) * prefill],
+        "prefill_tokens_per_s": statistics.median(prefills),
+        "prefill_tokens_per_s_range": [min(prefills), max(prefills)],
         "decode_tokens_per_s": decode_rate,
-        "decode_tokens_per_s_range": [min(rates["decode"]) * decoded,
-                                      max(rates["decode"]) * decoded],
+        "decode_tokens_per_s_range": [min(decodes), max(decodes)],
         "time_to_first_token_s": statistics.median(seconds["prefill"]),
         "bytes_per_token": round(touched),
         "read_roof_bytes_per_s": read_roof,
         "decode_roof_share": decode_rate * touched / read_roof,
-        "int_peak_macs_per_s": int_peak,
-        "prefill_peak_share": prefill_rate * inspection["parameters"]["ternary"] / int_peak,
-        "load_s": load_s,
-        "resident_bytes": resident,
+    }
+
+
+def _ending(artifact: Artifact, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+    """The size of the artifact, and whether the machine was quiet."""
+    reads = [1 / s for s in seconds["read"]]
+    spread = (max(reads) - min(reads)) / statistics.median(reads)
+    return {
         "artifact_bytes": sum(entry["bytes"] for entry in artifact.manifest["files"].values()),
         "read_roof_spread": spread,
         "trustworthy": spread <= NOISY,
-    }  # fmt: skip
+    }
 
 
 def bytes_per_token(artifact: Artifact) -> int:
@@ -196,8 +237,8 @@ def bytes_per_token(artifact: Artifact) -> int:
     from bitcompile.custom_ops.head_linear import BLOCK
 
     V, K = language["vocab_size"], language["hidden_size"]
-    blocks = -(-K // BLOCK)
-    per_row = {"q8": blocks * (BLOCK + 4), "q4": blocks * (BLOCK // 2 + 4), "float": K * 4}
+    blocks, element = -(-K // BLOCK), BYTES[artifact.activations]
+    per_row = {"q8": blocks * (BLOCK + 4), "q4": blocks * (BLOCK // 2 + 4), "float": K * element}
     ternary = int(artifact.manifest["inspection"]["bytes"]["ternary"])
     return ternary + int(V) * int(per_row[head])
 
@@ -215,10 +256,10 @@ class Roofs:
     """The machine's roofs, measured by the artifact's own plugin on onnxruntime's threads."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
-        self._read = _roof_session(artifact, threads, kind=0, steps=1)
-        self._dot = _roof_session(artifact, threads, kind=1, steps=DOT_STEPS)
+        self._read = roof_session(artifact, threads=threads, kind=0, steps=1)
+        self._dot = roof_session(artifact, threads=threads, kind=1, steps=DOT_STEPS)
         self._seed = np.full(256, 0x55, np.uint8)
-        asked = _roof_session(artifact, threads, kind=2, steps=1)
+        asked = roof_session(artifact, threads=threads, kind=2, steps=1)
         try:
             about = asked.run(None, {"data": self._seed})
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
@@ -240,22 +281,3 @@ class Roofs:
     def dot(self) -> None:
         """Run ``macs`` multiply-accumulates from registers."""
         self._dot.run(None, {"data": self._seed})
-
-
-def _roof_session(artifact: Artifact, threads: int, kind: int, steps: int) -> Any:
-    import onnxruntime
-
-    try:
-        from onnx import TensorProto, helper
-    except ImportError:
-        raise ToolchainError(
-            'bench needs the onnx package: pip install "bitcompile[build]", or pip install onnx'
-        ) from None
-    node = helper.make_node("Roof", ["data"], ["out"], domain=DOMAIN, kind=kind, steps=steps)
-    data = helper.make_tensor_value_info("data", TensorProto.UINT8, [None])
-    out = helper.make_tensor_value_info("out", TensorProto.UINT8, [None, 64])
-    opsets = [helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, 1)]
-    graph = helper.make_graph([node], "roof", [data], [out])
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
-    options = runtime.session_options(artifact.path, threads=threads)
-    return onnxruntime.InferenceSession(model.SerializeToString(), options)

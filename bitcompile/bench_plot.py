@@ -29,16 +29,18 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     operators = report.get("operators", [])
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    shares = {
+    known = {
         "decode\nof reads": "decode_roof_share",
         "prefill\nof multiplies": "prefill_peak_share",
     }
-    left.bar(list(shares), [100 * report[key] for key in shares.values()], color="tab:blue")
+    shares = {label: report[key] for label, key in known.items() if key in report}
+    where = report.get("device") or f"{report['threads']} threads, {report['isa']}"
+    left.bar(list(shares), [100 * share for share in shares.values()], color="tab:blue")
     left.axhline(100, color="black", linewidth=0.8)
     left.set_ylabel("% of the machine's roof")
     left.set_title(
         f"{report['decode_tokens_per_s']:.1f} decode, {report['prefill_tokens_per_s']:.0f} prefill "
-        f"tokens/s\n{report['threads']} threads, {report['isa']}",
+        f"tokens/s\n{where}",
         fontsize=9,
     )
     if operators:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 PROVIDERS = {"cuda": ("cuda", "CUDAExecutionProvider")}
 """Device of a target to what onnxruntime-genai and onnxruntime call its execution provider."""
+PROVIDER_OPTIONS = {"use_tf32": "0"}
+"""TF32 would round the factors of float32 products to ten bits."""
 
 
 def genai_config(language: LanguageModel, library: str, device: str = "cpu") -> dict[str, Any]:
@@ -131,6 +133,36 @@ generator.append_tokens(numpy.concatenate([last, tokenizer.encode("\\nAnd then?"
 ```
 
 On the command line: `bitcompile run . --prompt "Once upon a time"`, or `--chat`.
+
+"""
+
+_CUDA = """\
+## The GPU
+
+It needs the CUDA builds of these packages in the place of the others, and a driver for CUDA 13:
+
+```console
+$ pip uninstall -y onnxruntime onnxruntime-genai
+$ pip install "onnxruntime-gpu[cuda,cudnn]" onnxruntime-genai-cuda
+```
+
+Where onnxruntime does not find the libraries that `[cuda,cudnn]` installs, call
+`onnxruntime.preload_dlls()` first.
+
+"""
+
+_GENAI_CUDA = """\
+One sequence decodes faster if its kernels are replayed as a CUDA graph, as `bitcompile run` has it;
+prompts of several sequences do not run then:
+
+```python
+import json
+
+options = {"provider_options": [{"cuda": {"enable_cuda_graph": "1"}}]}
+config = og.Config(".")
+config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+model = og.Model(config)
+```
 
 """
 
@@ -273,6 +305,8 @@ SECTIONS = {
     "python": _PYTHON,
     "genai": _GENAI,
     "c": _C,
+    "cuda": _CUDA,
+    "genai_cuda": _GENAI_CUDA,
     "c_static": _C_STATIC,
     "android": _ANDROID,
     "swift": _SWIFT,
@@ -289,9 +323,10 @@ def readme(imported: Imported, lowered: Lowered) -> str:
     from bitcompile import __version__
 
     language = imported.language
-    chosen = [x for x in lowered.target.guide if x != "genai" or language is not None]
+    chosen = [x for x in lowered.target.guide if language is not None or "genai" not in x]
     template = _HEADER + "".join(SECTIONS[x] for x in chosen) + _FILES
-    name = PROVIDERS.get(lowered.target.device, ("",))[1:]
+    device = lowered.target.device
+    first = [(PROVIDERS[device][1], PROVIDER_OPTIONS)] if device in PROVIDERS else []
     values = {
         "source": imported.source,
         "target": lowered.target.name,
@@ -302,7 +337,7 @@ def readme(imported: Imported, lowered: Lowered) -> str:
         "library": lowered.target.library,
         "archive": PurePath(lowered.target.library).with_suffix(".a").name,
         "minimum": MIN_ONNXRUNTIME,
-        "providers": str([*name, "CPUExecutionProvider"]),
+        "providers": str([*first, "CPUExecutionProvider"]),
         "length": str(min(256, language.context_length) if language is not None else 0),
     }
     for key, value in values.items():

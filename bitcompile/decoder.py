@@ -7,6 +7,12 @@ from typing import Any
 
 import numpy as np
 
+ELEMENTS = {
+    "tensor(float)": 1, "tensor(uint8)": 2, "tensor(float16)": 10, "tensor(bfloat16)": 16,
+}  # fmt: skip
+"""Type of a tensor as onnxruntime names it, to its number in ONNX."""
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
 
 class Decoder:
     """Sequences of one length on a session, with KV buffers that are written in place.
@@ -62,7 +68,7 @@ class Decoder:
         return int(logits[0, -1].argmax())
 
 
-def kv_bytes(language: Mapping[str, Any], tokens: int) -> int:
-    """Bytes of the float32 KV cache of ``tokens`` tokens."""
-    per_layer = 2 * language["num_kv_heads"] * language["head_size"] * 4
+def kv_bytes(language: Mapping[str, Any], tokens: int, activations: str = "float32") -> int:
+    """Bytes of the KV cache of ``tokens`` tokens, whose elements have the activations' type."""
+    per_layer = 2 * language["num_kv_heads"] * language["head_size"] * BYTES[activations]
     return int(language["num_layers"] * per_layer * tokens)

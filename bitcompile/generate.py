@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from bitcompile import runtime
 from bitcompile.artifact import Artifact
+from bitcompile.companions import PROVIDERS
 from bitcompile.errors import InputError, ToolchainError, UsageError, writing
 
 _ELEMENTS: dict[str, type[np.generic]] = {
@@ -84,12 +85,19 @@ class TextModel:
         self._genai = _import_genai()
         runtime.require_onnxruntime(str(artifact.manifest["min_onnxruntime"]))
         runtime.require_host(artifact)
+        options: dict[str, Any] = {}
+        device = artifact.manifest["target"]["device"]
+        if device in PROVIDERS:
+            _require_gpu(self._genai)
+            # One sequence can be replayed; prompts of several would not run.
+            options["provider_options"] = [{PROVIDERS[device][0]: {"enable_cuda_graph": "1"}}]
+        if threads is not None:
+            options["intra_op_num_threads"] = threads
         self.context = int(artifact.manifest["language"]["context_length"])
         self._path = artifact.path
         with _calling_genai(f"load {artifact.path}"):
             config = self._genai.Config(str(artifact.path.absolute()))
-            if threads is not None:
-                options = {"intra_op_num_threads": threads}
+            if options:
                 config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
             self._model = self._genai.Model(config)
             self._tokenizer = self._genai.Tokenizer(self._model)
@@ -230,6 +238,17 @@ def _import_genai() -> Any:
     return onnxruntime_genai
 
 
+def _require_gpu(genai: Any) -> None:
+    if genai.is_cuda_available():
+        runtime.preload()
+        return
+    raise ToolchainError(
+        "text on an NVIDIA GPU needs onnxruntime-genai-cuda and onnxruntime-gpu in the place of "
+        "onnxruntime-genai and onnxruntime: pip uninstall -y onnxruntime onnxruntime-genai; "
+        'pip install "onnxruntime-gpu[cuda,cudnn]" onnxruntime-genai-cuda'
+    )
+
+
 def run_tensors(
     artifact: Artifact, source: Path, destination: Path, threads: int | None = None
 ) -> dict[str, tuple[int, ...]]:
@@ -280,6 +299,11 @@ def _check_inputs(arrays: dict[str, npt.NDArray[Any]], declared: list[Any]) -> N
     for i in declared:
         if i.name not in arrays:
             raise InputError(f"input {i.name!r} is missing; the model takes {expected}")
+        if i.type == "tensor(bfloat16)":
+            raise InputError(
+                f"input {i.name!r} is bfloat16, which NumPy's files do not hold: use --prompt, or "
+                "build with --activations float16"
+            )
         array = arrays[i.name]
         wanted = _ELEMENTS.get(i.type)
         if wanted is not None and array.dtype != wanted:

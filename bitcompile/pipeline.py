@@ -70,6 +70,13 @@ class BuildOptions:
             "[default: cpu]."
         },
     )
+    activations: str | None = field(
+        default=None,
+        metadata={
+            "help": "What passes between operators of a language model on CUDA: float16 or "
+            "bfloat16, which has float32's range and fewer digits [default: float16]."
+        },
+    )
     i2s_order: str | None = field(
         default=None,
         metadata={
@@ -98,6 +105,11 @@ class BuildOptions:
     def resolved(self, checkpoint: bool, target: Target) -> BuildOptions:
         """With every choice made: checkpoints are made smaller, other graphs keep their meaning."""
         defaults = (target.heads[0], "last") if checkpoint else ("float", "all")
+        if self.activations is not None and not checkpoint:
+            raise UsageError(
+                "activations are chosen for checkpoints; modules and .onnx files keep their types: "
+                "leave out --activations"
+            )
         head = self.head or defaults[0]
         if head not in target.heads:
             raise UsageError(
@@ -109,7 +121,9 @@ class BuildOptions:
     @property
     def of_target(self) -> dict[str, str]:
         """The choices made that only some targets have."""
-        given = {"offload": self.offload, "fallback": self.fallback}
+        given = {
+            "offload": self.offload, "fallback": self.fallback, "activations": self.activations,
+        }  # fmt: skip
         return {name: value for name, value in given.items() if value is not None}
 
     def recorded(self) -> dict[str, Any]:
@@ -131,6 +145,7 @@ def build(
     context: int | None = None,
     offload: str | None = None,
     fallback: str | None = None,
+    activations: str | None = None,
     i2s_order: str | None = None,
     verify: bool = True,
     dump: str | Path | None = None,
@@ -157,6 +172,7 @@ def build(
         context,
         offload,
         fallback,
+        activations,
         i2s_order,
         verify,
         folder,
@@ -224,12 +240,12 @@ def _run(
             folder,
             imported,
             lowered,
-            options=options.recorded(),
+            options=replace(options, activations=activations).recorded(),
             passes=_report(records),
             inspection=inspection.inspect_graph(lowered.graph),
             progress=progress,
         )
-        if options.verify and target.verified:
+        if options.verify:
             # For another machine, the functions in the model stand in for the plugin.
             plugin = target.can_run_here() is None
             report = verification.verify(made, progress, plugin=plugin)

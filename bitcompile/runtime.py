@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import platform
 import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from bitcompile.artifact import Artifact
-from bitcompile.companions import PROVIDERS
+from bitcompile.companions import PROVIDER_OPTIONS, PROVIDERS
 from bitcompile.errors import InputError, ToolchainError, UsageError
+from bitcompile.opset import DOMAIN
 
+CPU = "CPUExecutionProvider"
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 _SYSTEMS = {"linux": "linux", "darwin": "macos", "win32": "windows", "android": "android"}
 
@@ -22,23 +27,74 @@ def load(path: str | Path, *, plugin: bool = True, threads: int | None = None) -
     is the size of the session's thread pool (None: onnxruntime's choice). Raises InputError for a
     damaged artifact, ToolchainError if this machine or its onnxruntime cannot run it.
     """
-    import onnxruntime
-
     artifact = Artifact.open(path)
     artifact.check_sizes()
     options = session_options(artifact.path, plugin=plugin, threads=threads)
     try:
-        return onnxruntime.InferenceSession(
-            str(artifact.model), options, providers=_providers(artifact, plugin)
-        )
+        return open_session(artifact.model, options, providers(artifact, plugin))
+    except OnnxruntimeError as error:
+        raise InputError(f"onnxruntime cannot load {artifact.model}: {error}") from error
+
+
+class OnnxruntimeError(Exception):
+    """What onnxruntime says about a model, in one line."""
+
+
+def open_session(model: Path | bytes, options: Any, providers: Sequence[Any]) -> Any:
+    """An ``onnxruntime.InferenceSession``.
+
+    Raises OnnxruntimeError, or ToolchainError if the GPU's provider did not start.
+    """
+    import onnxruntime
+
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
-        raise InputError(f"onnxruntime cannot load {artifact.model}: {one_line(error)}") from error
+        if len(providers) > 1 and NO_KERNEL in str(error):
+            raise ToolchainError(
+                f"{providers[0][0]} of onnxruntime does not start here: check nvidia-smi, and "
+                f"that the CUDA and cuDNN libraries it is built for are found: {GPU_PACKAGES}"
+            ) from error
+        raise OnnxruntimeError(one_line(error)) from error
 
 
-def _providers(artifact: Artifact, plugin: bool) -> list[str]:
-    """The execution providers of a session, the one that the plugin is for first."""
-    device = artifact.manifest["target"]["device"] if plugin else None
-    return [*([PROVIDERS[device][1]] if device in PROVIDERS else []), "CPUExecutionProvider"]
+NO_KERNEL = f"Failed to find kernel for {DOMAIN}."
+"""How onnxruntime says that no provider of a session runs an operator of ours."""
+GPU_PACKAGES = 'pip uninstall -y onnxruntime; pip install "onnxruntime-gpu[cuda,cudnn]"'
+
+
+def providers(artifact: Artifact, plugin: bool = True, **options: str) -> list[Any]:
+    """The execution providers of a session, that of the artifact's GPU with ``options`` first.
+
+    The functions run there too, or on the CPU if onnxruntime has no such provider. Raises
+    ToolchainError if the artifact needs it.
+    """
+    import onnxruntime
+
+    device = artifact.manifest["target"]["device"]
+    if device not in PROVIDERS:
+        return [CPU]
+    name = PROVIDERS[device][1]
+    if name not in onnxruntime.get_available_providers():
+        if not plugin and artifact.activations != "bfloat16":
+            return [CPU]
+        remedy = ", load with plugin=False, or verify with --fallback" if plugin else ""
+        raise ToolchainError(
+            f"onnxruntime {onnxruntime.__version__} has no {name} here: install onnxruntime-gpu in "
+            f"its place ({GPU_PACKAGES}){remedy}"
+        )
+    preload()
+    return [(name, {**PROVIDER_OPTIONS, **options}), CPU]
+
+
+def preload() -> None:
+    """Load CUDA's libraries where they are Python packages, which no other search finds."""
+    import onnxruntime
+
+    if hasattr(onnxruntime, "preload_dlls"):
+        with redirect_stdout(io.StringIO()):  # it prints what it misses, needed or not
+            onnxruntime.preload_dlls()
 
 
 def session_options(path: str | Path, *, plugin: bool = True, threads: int | None = None) -> Any:

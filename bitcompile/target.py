@@ -69,11 +69,10 @@ class Target:
     vary: Callable[[str, Mapping[str, str]], Target] | None = None
     """The same target for a triple of ``hosts`` (or its own), and with other choices."""
     activations: str = "float32"
-    """Element type between operators: ``float32``, or ``float16`` where attention needs it."""
+    """Element type between operators of a language model, where attention has no float32 kernel:
+    ``float16`` or ``bfloat16``, else ``float32``."""
     heads: tuple[str, ...] = ("q8", "q4", "float")
     """Embedding and head tables it has kernels for, a checkpoint's default first."""
-    verified: bool = True
-    """Whether ``verify`` can run its operators one by one in float32."""
     grouped: bool = True
     """Whether there are kernels for weights with a scale per group of columns."""
     auto_layout: Callable[[int], tuple[str, str]] | None = None

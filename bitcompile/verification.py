@@ -22,7 +22,14 @@ from bitcompile import runtime
 from bitcompile.artifact import MANIFEST, Artifact, Progress, silent
 from bitcompile.companions import PROVIDERS
 from bitcompile.custom_ops import OPS
-from bitcompile.errors import BitcompileError, InputError, ToolchainError, VerificationError
+from bitcompile.decoder import ELEMENTS
+from bitcompile.errors import (
+    BitcompileError,
+    InputError,
+    ToolchainError,
+    UsageError,
+    VerificationError,
+)
 from bitcompile.feeds import NoFeeds, candidates
 from bitcompile.numerics import F32
 from bitcompile.opset import DOMAIN, Attribute, OpDef
@@ -105,18 +112,16 @@ def verify(
     or cannot run here.
     """
     start = time.monotonic()
-    device = str(artifact.manifest["target"]["device"])
-    if plugin and device in PROVIDERS:
-        raise ToolchainError(
-            f"the plugin for {device} is verified by tests/gpu of the source; "
-            f"here only its functions: bitcompile verify --fallback {artifact.path}"
-        )
+    if isa is not None:
+        _require_variants(artifact)
     artifact.check_hashes(progress)
     model = _open(artifact)
     progress("checking constants")
     _check_constants(model)
     with _isa(isa):
         runtime.session_options(artifact.path, plugin=plugin)  # fails early and clearly
+        if plugin:
+            runtime.providers(artifact)
         nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type in OPS]
         reports = []
         for i, node in enumerate(nodes):
@@ -250,6 +255,7 @@ def _isa(isa: str | None) -> Iterator[None]:
 def _check_node(artifact: Artifact, model: ir.Model, node: ir.Node, plugin: bool) -> NodeReport:
     op = OPS[node.op_type]
     attributes = op.complete({name: a.value for name, a in node.attributes.items()})
+    narrow = artifact.activations if plugin else "float32"  # functions take any type
     constants = {
         name: _array(value.const_value)
         for name, value in op.named(node.inputs).items()
@@ -261,12 +267,15 @@ def _check_node(artifact: Artifact, model: ir.Model, node: ir.Node, plugin: bool
             for i in op.inputs
             if i.name not in constants
         }
+        feeds = {name: _rounded(x, narrow) for name, x in feeds.items()}
         expected = _reference(op, {**constants, **feeds}, attributes)
     except (InputError, ValueError) as error:
         raise VerificationError(
             f"{_title(node)} does not fit this bitcompile's {op.name} "
             f"({runtime.one_line(error)}): build the artifact again"
         ) from error
+    if op.name != "HeadLinear":  # whose logits are float32 whatever comes in
+        expected = _rounded(expected, narrow)
     session = _node_session(artifact, model, node, op, plugin)
     try:
         measured = np.concatenate(
@@ -276,7 +285,15 @@ def _check_node(artifact: Artifact, model: ir.Model, node: ir.Node, plugin: bool
         raise VerificationError(
             f"{_title(node)} does not run: {runtime.one_line(error)}"
         ) from error
-    return _compare(node, attributes, measured, expected, plugin)
+    return _compare(node, attributes, measured, expected, plugin, narrow)
+
+
+def _rounded(x: F32, activations: str) -> F32:
+    """``x`` rounded to the type that activations have."""
+    import ml_dtypes  # noqa: F401 gives numpy its bfloat16
+
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond float16 lies infinity
+        return x.astype(np.dtype(activations)).astype(np.float32)
 
 
 def _activations(attributes: Mapping[str, Attribute]) -> F32:
@@ -334,9 +351,9 @@ def _node_session(
 ) -> Any:
     """A session of ``node`` alone that maps the artifact's data file."""
     import onnx_ir as ir
-    import onnxruntime
 
     options = runtime.session_options(artifact.path, plugin=plugin)
+    chosen = runtime.providers(artifact) if plugin else [runtime.CPU]
     values = (value.const_value for value in node.inputs if value is not None)
     folders = (str(t.base_dir) for t in values if isinstance(t, ir.ExternalTensor))
     options.add_session_config_entry(
@@ -345,38 +362,53 @@ def _node_session(
     )
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
-    proto = _node_model(model, node, op, with_functions=not plugin)
+    activations = artifact.activations if plugin else "float32"
+    proto = _node_model(model, node, op, activations, with_functions=not plugin)
     try:
-        return onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions have no common base of their own
-        raise VerificationError(
-            f"{_title(node)} does not load: {runtime.one_line(error)}"
-        ) from error
+        return runtime.open_session(proto, options, chosen)
+    except runtime.OnnxruntimeError as error:
+        raise VerificationError(f"{_title(node)} does not load: {error}") from error
 
 
-def _node_model(model: ir.Model, node: ir.Node, op: OpDef, with_functions: bool) -> bytes:
-    """A serialised model of ``node``: its constants as stored, its other inputs as inputs."""
+def _node_model(
+    model: ir.Model, node: ir.Node, op: OpDef, activations: str, with_functions: bool
+) -> bytes:
+    """A serialised model of ``node``: its constants as stored, its other inputs as inputs.
+
+    Inputs and output are float32, and cast to and from ``activations``: NumPy has no bfloat16.
+    """
     import onnx_ir as ir
 
     inputs, initializers, values = [], [], []
+    narrow, wide = ir.DataType.from_numpy(np.dtype(activations)), ir.DataType.FLOAT
+    nodes: list[ir.Node] = []
+
+    def cast(value: ir.Value, to: ir.DataType) -> ir.Value:
+        nodes.append(ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(to))]))
+        return nodes[-1].outputs[0]
+
     for declared, value in zip(op.inputs, node.inputs, strict=True):
         assert value is not None  # the operators have a fixed arity
         if value.const_value is None:
-            new = ir.val(declared.name, ir.DataType.FLOAT, ["rows", None])
+            new = ir.val(declared.name, wide, ["rows", None])
             inputs.append(new)
+            new = cast(new, narrow)
         else:
             new = ir.val(str(value.name), const_value=value.const_value)
             initializers.append(new)
         values.append(new)
-    output = ir.val("y", ir.DataType.FLOAT, ["rows", node.attributes["N"].as_int()])
-    alone = ir.Node(
-        node.domain, node.op_type, values, list(node.attributes.values()), outputs=[output]
+    nodes.append(ir.Node(node.domain, node.op_type, values, list(node.attributes.values())))
+    output = cast(nodes[-1].outputs[0], wide)
+    output.name = "y"
+    output.type, output.shape = (
+        ir.TensorType(wide),
+        ir.Shape(["rows", node.attributes["N"].as_int()]),
     )
     unique = list({value.name: value for value in initializers}.values())
     graph = ir.Graph(
         inputs,
         [output],
-        nodes=[alone],
+        nodes=nodes,
         initializers=unique,
         opset_imports=dict(model.graph.opset_imports),
         name="node",
@@ -396,6 +428,7 @@ def _compare(
     measured: F32,
     expected: F32,
     plugin: bool,
+    activations: str,
 ) -> NodeReport:
     """Raises VerificationError at the first element outside the operator's tolerance."""
     if measured.shape != expected.shape:
@@ -405,9 +438,10 @@ def _compare(
     different = _different(measured, expected)
     exact = not different.any()
     difference = _row_difference(measured, expected)
-    if plugin:
-        limit = TOLERANCE if _approximate(attributes) else 0.0
-    else:
+    limit: Any = 0.0
+    if plugin and _approximate(attributes):
+        limit = TOLERANCE + _step(expected, activations)
+    elif not plugin:
         limit = TOLERANCE if node.op_type == "BitGLU" else FALLBACK_TOLERANCE
     wrong = different & ~(difference <= limit)
     if wrong.any():
@@ -433,6 +467,12 @@ def _row_difference(measured: F32, expected: F32) -> npt.NDArray[np.float64]:
     rms = np.sqrt((wide * wide).mean(axis=-1, keepdims=True))
     difference: npt.NDArray[np.float64] = np.abs(measured - wide) / np.maximum(rms, 1e-30)
     return difference
+
+
+def _step(expected: F32, activations: str) -> npt.NDArray[np.float64]:
+    """What one step of the activations' type makes of an element, in the same units."""
+    eps = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}[activations]
+    return _row_difference(expected * np.float32(1 + eps), expected)
 
 
 def _approximate(attributes: Mapping[str, Attribute]) -> bool:
@@ -533,34 +573,54 @@ def _logits(session: Any, vocabulary: int) -> list[F32]:
     return [prompt, step(session, tokens[:, -1:], caches)]
 
 
-_CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+def empty_caches(session: Any) -> dict[str, Any]:
+    """The key and value inputs of a decoder session before the first token, batch 1, as OrtValues.
 
+    NumPy has no bfloat16.
+    """
+    import onnxruntime
 
-def empty_caches(session: Any) -> dict[str, npt.NDArray[Any]]:
-    """The key and value inputs of a decoder session before the first token (batch 1)."""
     return {
-        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), _CACHE_TYPES[i.type])
+        i.name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+            (1, i.shape[1], 0, i.shape[3]), ELEMENTS[i.type]
+        )
         for i in session.get_inputs()
         if i.name.startswith("past_key_values.")
     }
 
 
-def step(session: Any, tokens: npt.NDArray[np.int64], caches: dict[str, npt.NDArray[Any]]) -> F32:
+def step(session: Any, tokens: npt.NDArray[np.int64], caches: dict[str, Any]) -> F32:
     """Feed ``tokens`` int64 ``[1, S]``: logits ``[1, S or 1, V]``; ``caches`` move on in place."""
-    past = next(iter(caches.values())).shape[2] if caches else 0
-    feeds: dict[str, Any] = {"input_ids": tokens, **caches}
+    import onnxruntime
+
+    past = next(iter(caches.values())).shape()[2] if caches else 0
+    arrays = {"input_ids": tokens}
     names = {i.name for i in session.get_inputs()}
     if "attention_mask" in names:
-        feeds["attention_mask"] = np.ones((1, past + tokens.shape[1]), np.int64)
+        arrays["attention_mask"] = np.ones((1, past + tokens.shape[1]), np.int64)
+    held = {k: onnxruntime.OrtValue.ortvalue_from_numpy(v) for k, v in arrays.items()}
     outputs = [o.name for o in session.get_outputs()]
-    results = dict(zip(outputs, session.run(None, feeds), strict=True))
+    ran = session.run_with_ort_values(outputs, {**held, **caches})
+    results = dict(zip(outputs, ran, strict=True))
     for name in caches:
         caches[name] = results[name.replace("past_key_values.", "present.")]
-    return np.asarray(results["logits"], np.float32)
+    return np.asarray(results["logits"].numpy(), np.float32)
+
+
+def _require_variants(artifact: Artifact) -> None:
+    device = artifact.manifest["target"]["device"]
+    if device in PROVIDERS:
+        raise UsageError(
+            f"a plugin for {device} takes the code of the GPU it finds: leave out --isa"
+        )
 
 
 def variants(artifact: Artifact) -> list[str]:
-    """The kernel variants of the artifact's plugin that this machine can run, best first."""
+    """The kernel variants of the artifact's plugin that this machine can run, best first.
+
+    Raises UsageError for the plugin of a GPU.
+    """
+    _require_variants(artifact)
     found = []
     for isa in artifact.manifest["target"]["isas"]:
         with _isa(isa):

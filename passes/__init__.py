@@ -44,7 +44,7 @@ def finishing(activations: str = "float32") -> tuple[Pass, ...]:
     ``activations``: element type of what passes between operators, see ``Target.activations``.
     """
     return (
-        *((NarrowActivations(),) if activations == "float16" else ()),
+        *((NarrowActivations(activations),) if activations != "float32" else ()),
         StripMetadata(),
         NameNodes(),
         AttachFunctions(),

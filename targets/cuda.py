@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from bitcompile.packing import CUDA_TILE
@@ -36,6 +38,10 @@ def _can_build_here() -> str | None:
     return missing_build_tools() or missing_compiler()
 
 
+def _vary(triple: str, choices: Mapping[str, str]) -> Target:
+    return replace(CUDA, activations=choices.get("activations", CUDA.activations))
+
+
 CUDA = Target(
     name="cuda",
     device="cuda",
@@ -49,5 +55,7 @@ CUDA = Target(
     can_build_here=_can_build_here,
     activations="float16",
     heads=("float", "q8", "q4"),
-    verified=False,
+    guide=("python", "genai", "cuda", "genai_cuda", "c"),
+    choices={"activations": ("float16", "bfloat16")},
+    vary=_vary,
 )

@@ -14,12 +14,17 @@ import onnxruntime
 import pytest
 
 import bitcompile
-from bitcompile import numerics
+from bitcompile import cuda_bench, cuda_decoder, numerics, runtime
 from bitcompile.artifact import Artifact
-from bitcompile.errors import ToolchainError
+from bitcompile.bench import bench
+from bitcompile.decoder import Decoder
+from bitcompile.errors import InputError, ToolchainError, UsageError
+from bitcompile.generate import TextModel, _check_inputs
 from bitcompile.packing import CUDA_TILE, PackedTernary
 from bitcompile.targets import TARGETS
-from bitcompile.verification import empty_caches, step, verify
+from bitcompile.targets.tir.linking import CSRC
+from bitcompile.verification import empty_caches, step, variants, verify
+from tests import artifacts
 from tests.tools import cuda_compiler
 
 MODEL = Path(__file__).parents[1] / "examples" / "docs-bitnet-25m"
@@ -117,7 +122,39 @@ def test_activations_between_operators_are_float16(artifact: Artifact) -> None:
     narrow = {name for name, dtype in types.items() if dtype == ir.DataType.FLOAT16}
     assert narrow == {name for name in types if name not in ("input_ids", "attention_mask")}
     config = json.loads((artifact.path / "genai_config.json").read_text())
-    assert config["model"]["decoder"]["session_options"]["provider_options"] == [{"cuda": {}}]
+    options = config["model"]["decoder"]["session_options"]["provider_options"]
+    assert options == [{"cuda": {}}]
+    assert "enable_cuda_graph" in (artifact.path / "README.md").read_text()
+
+
+def test_activations_may_be_bfloat16(tmp_path: Path) -> None:
+    cuda_compiler()
+    made = bitcompile.build(MODEL, "cuda", out=tmp_path / "out", activations="bfloat16")
+    assert made.activations == "bfloat16"
+    assert made.manifest["verification"]["summary"].startswith("24 of 24 operators bit-exact")
+    kinds = {value.dtype for value in ir.load(made.model).graph.inputs}
+    assert kinds == {ir.DataType.INT64, ir.DataType.BFLOAT16}
+    with pytest.raises(ToolchainError, match=r"has no CUDAExecutionProvider.*onnxruntime-gpu"):
+        bitcompile.load(made.path, plugin=False)  # the CPU has no attention in bfloat16
+    np.savez(tmp_path / "in.npz", input_ids=np.zeros((1, 1), np.int64))
+    declared = [type("", (), {"name": "x", "type": "tensor(bfloat16)", "shape": [1]})]
+    with pytest.raises(InputError, match="--activations float16"):
+        _check_inputs({"x": np.zeros(1)}, declared)
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "message"),
+    [
+        (MODEL, "x86", "target x86 has no --activations: it is an option of cuda"),
+        ("model.onnx", "cuda", "leave out --activations"),
+    ],
+)
+def test_activations_are_chosen_for_checkpoints_on_cuda(
+    model: str | Path, target: str, message: str, tmp_path: Path
+) -> None:
+    cuda_compiler()
+    with pytest.raises(UsageError, match=message):
+        bitcompile.build(model, target, out=tmp_path / "out", activations="bfloat16")
 
 
 def test_without_a_driver_the_error_names_the_remedy(artifact: Artifact) -> None:
@@ -147,29 +184,162 @@ def test_without_the_plugin_it_runs_on_a_cpu(artifact: Artifact, tmp_path: Path)
 def test_its_functions_are_verified_and_its_plugin_is_not(artifact: Artifact) -> None:
     report = verify(artifact, plugin=False)
     assert all(node.exact for node in report.nodes)
-    with pytest.raises(ToolchainError, match="bitcompile verify --fallback"):
-        verify(artifact)
+    if TARGETS["cuda"].can_run_here() is None:
+        pytest.skip("this machine has a GPU")
+    for use in (verify, bench):
+        with pytest.raises(ToolchainError, match="verify with --fallback"):
+            use(artifact)
 
 
-def test_types_follow_the_activations(artifact: Artifact, tmp_path: Path) -> None:
+def test_a_gpu_has_no_variants_and_no_operator_times(artifact: Artifact) -> None:
+    for isa in ("sm_80", "all"):
+        with pytest.raises(UsageError, match="leave out --isa"):
+            variants(artifact) if isa == "all" else verify(artifact, isa=isa)
+    with pytest.raises(UsageError, match="--ops times operators on CPUs"):
+        bench(artifact, ops=True)
+
+
+def test_text_on_a_gpu_needs_its_own_packages(artifact: Artifact) -> None:
+    with pytest.raises(ToolchainError, match="onnxruntime-genai-cuda"):
+        TextModel(artifact)
+
+
+def test_a_report_of_a_gpu(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of a measurement that took 10 ms for everything."""
+    measured = {
+        "seconds": {name: [0.01, 0.01] for name in ("read", "prefill", "decode")},
+        "device": "a card", "cuda_graph": True, "load_s": 1.0, "gpu_memory_bytes": 5,
+        "kv_cache_bytes": 7,
+    }  # fmt: skip
+    monkeypatch.setattr(cuda_bench, "measure", lambda *_: measured)
+    report = bench(artifact, prefill=20, decode=10, context=0)
+    language = artifact.manifest["language"]
+    assert report["decode_tokens_per_s"] == 1000
+    assert report["prefill_tokens_per_s"] == 2000
+    head = 2 * language["vocab_size"] * language["hidden_size"]  # float16
+    cache = 2 * 2 * language["num_layers"] * language["num_kv_heads"] * language["head_size"] * 5
+    ternary = artifact.manifest["inspection"]["bytes"]["ternary"]
+    assert report["bytes_per_token"] == ternary + head + cache
+    roof = report["bytes_per_token"] * 1000 / (cuda_bench.ROOF_BYTES * 100)
+    assert report["decode_roof_share"] == pytest.approx(roof)
+
+
+@pytest.fixture(scope="module")
+def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a stand-in for the driver."""
+    folder = tmp_path_factory.mktemp("driver")
+    zig = [sys.executable, "-m", "ziglang", "cc", "-shared", "-fPIC"]
+    subprocess.run([*zig, "-o", folder / "libcuda.so.1", FAKE], check=True)
+    return folder
+
+
+def with_driver(folder: Path, script: str, *arguments: object) -> str:
+    """What a script says on a machine with that driver."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={"LD_LIBRARY_PATH": str(folder)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+def test_types_follow_the_activations(artifact: Artifact, fake_driver: Path) -> None:
     """A stand-in for the driver lets the plugin register: the graph's types must then fit, and
     only kernels be missing, as this onnxruntime has no CUDA provider."""
-    library = tmp_path / "libcuda.so.1"
-    zig = [sys.executable, "-m", "ziglang", "cc", "-shared", "-fPIC"]
-    subprocess.run([*zig, "-o", library, FAKE], check=True)
     script = (
         "import onnxruntime, sys\n"
         "options = onnxruntime.SessionOptions(); options.log_severity_level = 4\n"
         "options.register_custom_ops_library(sys.argv[1])\n"
         "onnxruntime.InferenceSession(sys.argv[2], options)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(artifact.library), str(artifact.model)],
-        env={"LD_LIBRARY_PATH": str(tmp_path)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    said = with_driver(fake_driver, script, artifact.library, artifact.model)
     assert "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
-    assert "Failed to find kernel for bitcompile.NormBitLinear" in done.stderr, done.stderr
-    assert "Type Error" not in done.stderr
+    assert "Failed to find kernel for bitcompile.NormBitLinear" in said, said
+    assert "Type Error" not in said
+
+
+def test_with_a_driver_the_error_names_the_package(artifact: Artifact, fake_driver: Path) -> None:
+    script = (
+        "import sys; from bitcompile.artifact import Artifact; from bitcompile.errors import *\n"
+        "from bitcompile.verification import verify; from bitcompile.runtime import load\n"
+        "from bitcompile.bench import bench\n"
+        "opened = Artifact.open(sys.argv[1])\n"
+        "for use, what in ((load, opened.path), (verify, opened), (bench, opened)):\n"
+        "    try: use(what)\n"
+        "    except ToolchainError as error: print(error)\n"
+    )
+    said = with_driver(fake_driver, script, artifact.path).splitlines()
+    refusals = [line for line in said if "has no CUDAExecutionProvider here" in line]
+    assert len(refusals) == 3, said
+    assert all("onnxruntime-gpu" in line for line in refusals)
+
+
+def test_a_provider_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("[NotImplemented] Failed to find kernel for bitcompile.BitGLU(1)")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    chosen = [("CUDAExecutionProvider", {}), "CPUExecutionProvider"]
+    with pytest.raises(ToolchainError, match="CUDAExecutionProvider of onnxruntime does not start"):
+        runtime.open_session(b"", None, chosen)
+    with pytest.raises(runtime.OnnxruntimeError):
+        runtime.open_session(b"", None, chosen[1:])
+
+
+LAUNCHES = """
+import ctypes, sys
+from itertools import product
+class Job(ctypes.Structure):
+    _fields_ = [*((n, ctypes.c_void_p) for n in ("x", "gamma", "w", "s", "bias", "residual", "y")),
+                *((n, ctypes.c_int32) for n in ("M", "N", "K", "type_x", "type_y", "gate_in",
+                                                "gate_out", "group_size")), ("eps", ctypes.c_float),
+                *((n, ctypes.c_int32) for n in ("early", "quantised", "step", "tile", "split"))]
+library = ctypes.CDLL(sys.argv[1])
+library.bc_cuda_gpu.restype = ctypes.c_void_p
+assert not library.bc_cuda_open()
+reason = ctypes.c_char_p()
+gpu = ctypes.c_void_p(library.bc_cuda_gpu(ctypes.byref(reason)))
+assert gpu, reason
+def launch(M, N, K, group_size):
+    job = Job(M=M, N=N, K=K, type_x=10, type_y=10, gate_in=-1, gate_out=-1, group_size=group_size)
+    return library.bc_cuda_linear(gpu, None, ctypes.byref(job), ctypes.c_void_p(256))
+for sizes in product((1, 3, 16, 17, 300, int(sys.argv[2])), (1, 4000, 1 << 23), (1, 100, 20000),
+                     (0, 16, 32, 128, 256)):
+    assert not launch(*sizes), sizes
+assert launch(1 << 20, 16, 16, 16), "what passes of rows are for"
+print("good")
+"""
+
+
+def test_every_launch_of_a_pass_fits_the_gpu(fake_driver: Path, tmp_path: Path) -> None:
+    """Grids, blocks and shared memory, of products of any size."""
+    from bitcompile.targets.tir.cuda.kernels import KERNELS, header
+
+    names = ", ".join(f'"{kernel.name}"' for kernel in KERNELS)
+    (tmp_path / "cuda_kernels.h").write_text(header())
+    (tmp_path / "table.c").write_text(
+        '#include "cuda_launch.h"\n'
+        'const bc_image bc_images[] = {{"sm_80", 8, 0, 0, ""}};\nconst int bc_image_count = 1;\n'
+        f"const char *const bc_kernel_names[] = {{{names}}};\n"
+        f"const int bc_kernel_count = {len(KERNELS)};\n"
+    )
+    zig = [sys.executable, "-m", "ziglang", "cc", "-shared", "-fPIC", f"-I{CSRC}", f"-I{tmp_path}"]
+    library = tmp_path / "launch.so"
+    subprocess.run(
+        [*zig, "-o", library, tmp_path / "table.c", CSRC / "cuda_launch.c", "-ldl"], check=True
+    )
+    rows = re.search(r"LINEAR_ROWS = 1 << (\d+)", (CSRC / "cuda.c").read_text())
+    assert rows is not None
+    said = with_driver(fake_driver, LAUNCHES, library, 1 << int(rows[1]))
+    assert said.strip() == "good", said
+
+
+def test_sums_that_begin_with_a_power_of_two_lose_nothing() -> None:
+    """How ``bc_grouped_many`` makes a float32 of the difference of two integers."""
+    begin = np.int32(0x4B400000)
+    rng = np.random.default_rng(0)
+    codes, ones = (rng.integers(-(1 << 17), 1 << 17, 4096, np.int32) for _ in range(2))
+    difference = (begin + codes).view(np.float32) - (begin + ones).view(np.float32)
+    np.testing.assert_array_equal(difference, (codes - ones).astype(np.float32))
 
 
 def test_group_scaled_weights_are_packed_for_it() -> None:
@@ -228,3 +398,64 @@ def test_the_compiler_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(compiler, "_nvrtc_path", lambda: None)
     assert TARGETS["cuda"].can_build_here() == compiler.MISSING
     assert "bitcompile[cuda]" in compiler.MISSING
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is meant for a GPU stays in the CPU's memory, on its provider."""
+    monkeypatch.setattr(cuda_decoder, "DEVICE", ("cpu", 0))
+    monkeypatch.setattr(cuda_bench, "DEVICE", ("cpu", 0))
+    monkeypatch.setattr(runtime, "providers", lambda *_, **__: ["CPUExecutionProvider"])
+    monkeypatch.setattr(cuda_bench, "ROOF_BYTES", 1 << 20)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return artifacts.write(tmp_path_factory.mktemp("tiny") / "out")
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_the_decoder_of_a_gpu_computes_what_the_other_does(tiny: Artifact) -> None:
+    """A prompt and a step behind it, whose mask is as long as the cache where a graph wants it."""
+    language = tiny.manifest["language"]
+    session = bitcompile.load(tiny.path, threads=1)
+    usual = Decoder(session, language, 16)
+    usual.feed(np.ones(5, np.int64))
+    expected = usual.feed(np.ones(1, np.int64))
+    for graph in (False, True):
+        decoder = cuda_decoder.CudaDecoder(session, language, 16)
+        decoder.step(5, 0)()
+        run = decoder.step(1, 5, graph)
+        run()
+        assert int(run.logits.numpy()[0, -1].argmax()) == expected
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("graphs", [True, False])
+def test_what_a_gpu_is_measured_by(
+    tiny: Artifact, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole measurement on the CPU; without graphs if onnxruntime refuses them."""
+
+    class Card:
+        name = "a card"
+
+        def used_bytes(self) -> int:
+            return 0
+
+    def providers(*_: object, enable_cuda_graph: str = "0", **__: object) -> list[str]:
+        if enable_cuda_graph == "1" and not graphs:
+            raise RuntimeError("a node runs on the CPU")
+        return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(cuda_bench, "Card", Card)
+    monkeypatch.setattr(runtime, "providers", providers)
+    sizes = {"prefill": 4, "decode": 4, "context": 2, "batch": 2}
+    too_long = {**sizes, "prefill": 500}  # longer than the rotary tables
+    with pytest.raises(ToolchainError, match="ask for fewer tokens or sequences"):
+        cuda_bench.measure(tiny, too_long, 1, 1, lambda _: None)
+    measured = cuda_bench.measure(tiny, sizes, 2, 1, lambda _: None)
+    assert measured["cuda_graph"] is graphs
+    assert {name: len(seconds) for name, seconds in measured["seconds"].items()} == {
+        "read": 2, "prefill": 2, "decode": 2,
+    }  # fmt: skip

@@ -34,7 +34,7 @@ def test_load_gives_a_session(original: Artifact, plugin: bool) -> None:
     logits = verification.step(session, np.array([[1, 2, 3]]), caches)
     assert logits.shape == (1, 1, artifacts.CONFIG.vocab)
     assert np.isfinite(logits).all()
-    assert all(cache.shape[2] == 3 for cache in caches.values())
+    assert all(cache.shape()[2] == 3 for cache in caches.values())
 
 
 def test_the_readme_works_without_bitcompile(original: Artifact) -> None:

@@ -92,10 +92,10 @@ def test_a_wrong_accumulator_is_found() -> None:
     node = ir.Node("bitcompile", "BitLinear", [], name="n")
     good = np.arange(1, 13, dtype=np.float32).reshape(3, 4) * np.float32(1000)
     attributes: dict[str, Any] = {"N": 4, "K": 8}
-    assert verification._compare(node, attributes, good, good, plugin=True).exact
+    assert verification._compare(node, attributes, good, good, True, "float32").exact
     for wrong in (np.nextafter(good, np.float32(0)), np.where(good > 2000, np.nan, good)):
         with pytest.raises(VerificationError, match="is wrong"):
-            verification._compare(node, attributes, wrong.astype(np.float32), good, plugin=True)
+            verification._compare(node, attributes, wrong.astype(np.float32), good, True, "float32")
 
 
 def test_nan_rows_must_agree() -> None:
@@ -103,10 +103,10 @@ def test_nan_rows_must_agree() -> None:
     good = np.ones((2, 3), np.float32)
     poisoned = np.where([[True], [False]], np.float32(np.nan), good)
     attributes: dict[str, Any] = {"N": 3, "K": 8, "activation": "silu"}
-    assert verification._compare(node, attributes, poisoned, poisoned, plugin=True).exact
+    assert verification._compare(node, attributes, poisoned, poisoned, True, "float32").exact
     for measured, expected in ((good, poisoned), (poisoned, good)):
         with pytest.raises(VerificationError, match=r"element \[0, 0\]"):
-            verification._compare(node, attributes, measured, expected, plugin=True)
+            verification._compare(node, attributes, measured, expected, True, "float32")
 
 
 def test_the_reference_in_blocks_is_the_reference(

@@ -3,8 +3,8 @@
 #include "cuda_launch.h"
 #include "ops.h"
 
-/* Rows of one pass of BitGLU, and of a head, which bound their memory. */
-enum { PASS_ROWS = 2048, HEAD_ROWS = 1024, ALIGN = 256 };
+/* Rows of one pass, which bound scratch memory, grids and offsets of 32 bits. */
+enum { LINEAR_ROWS = 1 << 16, GLU_ROWS = 2048, HEAD_ROWS = 1024, ALIGN = 256 };
 
 typedef struct Run { /* one call */
   const bc_gpu *gpu;
@@ -56,33 +56,40 @@ static const void *row(const Kernel *k, const void *p, int64_t elements) {
 /* Whether all inputs in the mask are constants. */
 static int fixed(const Kernel *k, uint32_t mask) { return (k->constant & mask) == mask; }
 
-/* BitLinear(x, w, w_scale, bias, residual), NormBitLinear(x, gamma, w, w_scale, bias, residual) */
+/* A pass of rows after the other: their products' sizes and grids stay far from 32 bits. */
 static BcStatus *compute_linear(const Kernel *k, BcContext *context) {
-  Tensor in[MAX_INPUTS], y;
+  Node n;
   Run run;
-  int64_t M, gamma_shape[] = {k->K}, bias_shape[] = {k->N};
-  TRY(bc_read_inputs(k, context, in));
-  const Tensor *rest = &in[1 + k->spec->has_norm];
-  bc_linear job = {.K = (int32_t)k->K, .N = (int32_t)k->N, .eps = k->eps};
-  job.group_size = (int32_t)k->group_size;
-  job.gate_in = job.gate_out = BC_NO_GATE;
-  job.type_x = job.type_y = k->type;
+  size_t w = bc_weight_index(k);
+  TRY(bc_open_node(k, context, &n));
+  if (n.M == 0) return NULL;
+  int64_t most = bc_min64(n.M, LINEAR_ROWS);
+  bc_linear job = {.gamma = k->spec->has_norm ? n.in[1].data : NULL,
+                   .w = n.in[w].data,
+                   .w_scale = n.in[w + 1].data,
+                   .bias = n.bias,
+                   .M = (int32_t)most,
+                   .N = (int32_t)k->N,
+                   .K = (int32_t)k->K,
+                   .type_x = k->type,
+                   .type_y = k->type,
+                   .gate_in = BC_NO_GATE,
+                   .gate_out = BC_NO_GATE,
+                   .group_size = (int32_t)k->group_size,
+                   .eps = k->eps};
+  job.x = n.in[0].data; /* its alignment decides how much scratch is needed */
   job.early = fixed(k, ((1u << (k->spec->inputs - 1)) - 1) & ~k->spec->typed_inputs);
-  TRY(bc_expect_weight(k, "w", &rest[0], "w_scale", &rest[1], k->N, k->K));
-  if (k->spec->has_norm) TRY(bc_expect(k, "gamma", &in[1], 1, gamma_shape));
-  TRY(bc_open_rows(k, context, &in[0], k->K, k->N, &y, &M));
-  TRY(bc_optional(k, "bias", &rest[2], 1, bias_shape, (const void **)&job.bias));
-  TRY(bc_optional(k, "residual", &rest[3], y.rank, y.dim, &job.residual));
-  if (M == 0) return NULL;
-  job.M = (int32_t)M;
-  job.x = in[0].data;
-  job.gamma = k->spec->has_norm ? in[1].data : NULL;
-  job.w = rest[0].data;
-  job.w_scale = rest[1].data;
-  job.y = (void *)y.data;
   TRY(start(k, context, &run));
   TRY(allocate(k, context, bc_cuda_linear_scratch(run.gpu, &job), &run));
-  return finish(k, &run, bc_cuda_linear(run.gpu, run.stream, &job, run.scratch));
+  int result = 0;
+  for (int64_t m = 0; m < n.M && !result; m += most) {
+    job.M = (int32_t)bc_min64(most, n.M - m);
+    job.x = row(k, n.in[0].data, m * k->K);
+    job.y = (void *)row(k, n.y.data, m * k->N);
+    job.residual = row(k, n.residual, m * k->N);
+    result = bc_cuda_linear(run.gpu, run.stream, &job, run.scratch);
+  }
+  return finish(k, &run, result);
 }
 
 /* The two products of BitGLU. Hidden values stay float32: squared ReLU leaves float16's range. */
@@ -120,51 +127,37 @@ static Glu plan(const Kernel *k, const bc_gpu *gpu, const Tensor *in, int64_t M)
 }
 
 static BcStatus *compute_bit_glu(const Kernel *k, BcContext *context) {
-  Tensor in[MAX_INPUTS], y;
+  Node n;
   Run run;
-  int64_t M, in_shape[] = {k->K}, sub_shape[] = {k->F};
-  const void *residual;
-  TRY(bc_read_inputs(k, context, in));
-  TRY(bc_expect(k, "gamma_in", &in[1], 1, in_shape));
-  TRY(bc_expect_weight(k, "w_gate_up", &in[2], "s_gate_up", &in[3], 2 * k->F, k->K));
-  if (k->sub_norm) TRY(bc_expect(k, "gamma_sub", &in[4], 1, sub_shape));
-  TRY(bc_expect_weight(k, "w_down", &in[5], "s_down", &in[6], k->N, k->F));
-  TRY(bc_open_rows(k, context, &in[0], k->K, k->N, &y, &M));
-  TRY(bc_optional(k, "residual", &in[7], y.rank, y.dim, &residual));
-  if (M == 0) return NULL;
+  TRY(bc_open_node(k, context, &n));
+  if (n.M == 0) return NULL;
   TRY(start(k, context, &run));
-  int64_t most = bc_min64(M, PASS_ROWS);
-  TRY(allocate(k, context, plan(k, run.gpu, in, most).scratch, &run));
+  int64_t most = bc_min64(n.M, GLU_ROWS);
+  TRY(allocate(k, context, plan(k, run.gpu, n.in, most).scratch, &run));
   int result = 0;
-  for (int64_t m = 0; m < M && !result; m += most) {
-    Glu glu = plan(k, run.gpu, in, bc_min64(most, M - m));
+  for (int64_t m = 0; m < n.M && !result; m += most) {
+    Glu glu = plan(k, run.gpu, n.in, bc_min64(most, n.M - m));
     void *rest = run.scratch + glu.hidden;
-    glu.up.x = row(k, in[0].data, m * k->K);
+    glu.up.x = row(k, n.in[0].data, m * k->K);
     glu.up.y = run.scratch;
     glu.down.x = run.scratch;
-    glu.down.y = (void *)row(k, y.data, m * k->N);
-    glu.down.residual = row(k, residual, m * k->N);
+    glu.down.y = (void *)row(k, n.y.data, m * k->N);
+    glu.down.residual = row(k, n.residual, m * k->N);
     result = bc_cuda_linear(run.gpu, run.stream, &glu.up, rest);
     if (!result) result = bc_cuda_linear(run.gpu, run.stream, &glu.down, rest);
   }
   return finish(k, &run, result);
 }
 
-/* HeadLinear(x, table, scale) */
 static BcStatus *compute_head(const Kernel *k, BcContext *context) {
-  Tensor in[MAX_INPUTS], y;
+  Node n;
   Run run;
-  int64_t M, B = bc_ceil_div(k->K, k->block);
-  int64_t table_shape[] = {k->N, B, k->block * k->bits / 8}, scale_shape[] = {k->N, B, 1};
-  TRY(bc_read_inputs(k, context, in));
-  TRY(bc_expect(k, "table", &in[1], 3, table_shape));
-  TRY(bc_expect(k, "scale", &in[2], 3, scale_shape));
-  TRY(bc_open_rows(k, context, &in[0], k->K, k->N, &y, &M));
-  if (M == 0) return NULL;
+  TRY(bc_open_node(k, context, &n));
+  if (n.M == 0) return NULL;
   TRY(start(k, context, &run));
-  int64_t most = bc_min64(M, bc_min64(HEAD_ROWS, INT32_MAX / k->N)); /* offsets are int32 */
-  bc_table job = {.table = in[1].data,
-                  .scale = in[2].data,
+  int64_t most = bc_min64(n.M, bc_min64(HEAD_ROWS, INT32_MAX / k->N)); /* offsets are int32 */
+  bc_table job = {.table = n.in[1].data,
+                  .scale = n.in[2].data,
                   .M = (int32_t)most,
                   .V = (int32_t)k->N,
                   .K = (int32_t)k->K,
@@ -174,12 +167,31 @@ static BcStatus *compute_head(const Kernel *k, BcContext *context) {
                   .early = fixed(k, 6)};
   TRY(allocate(k, context, bc_cuda_head_scratch(&job), &run));
   int result = 0;
-  for (int64_t m = 0; m < M && !result; m += most) {
-    job.M = (int32_t)bc_min64(most, M - m);
-    job.x = row(k, in[0].data, m * k->K);
-    job.y = (float *)y.data + m * k->N;
+  for (int64_t m = 0; m < n.M && !result; m += most) {
+    job.M = (int32_t)bc_min64(most, n.M - m);
+    job.x = row(k, n.in[0].data, m * k->K);
+    job.y = (float *)n.y.data + m * k->N;
     result = bc_cuda_head(run.gpu, run.stream, &job, run.scratch);
   }
+  return finish(k, &run, result);
+}
+
+/* Roof(data) -> bytes [1, 64], which nothing writes: reads all of data `steps` times. */
+static BcStatus *compute_roof(const Kernel *k, BcContext *context) {
+  Tensor in[MAX_INPUTS];
+  BcValue *value = NULL;
+  void *out = NULL;
+  Run run;
+  const int64_t dim[] = {1, 64};
+  int result = 0;
+  if (k->kind != 0)
+    return bc_fail(k->api, BC_INVALID_ARGUMENT, "bitcompile::Roof: kind must be 0 on a GPU");
+  TRY(bc_read_inputs(k, context, in));
+  TRY(ort_KernelContext_GetOutput(k->api)(context, 0, dim, 2, &value));
+  TRY(ort_GetTensorMutableData(k->api)(value, &out));
+  TRY(start(k, context, &run));
+  for (int64_t i = 0; i < k->steps && !result; i++)
+    result = bc_cuda_read(run.gpu, run.stream, in[0].data, bc_elements(&in[0]), out);
   return finish(k, &run, result);
 }
 
@@ -196,5 +208,5 @@ const Device bc_cuda_device = {
     .types = types,
     .remote = 1,
     .open = open_cuda,
-    .compute = {compute_linear, compute_linear, compute_bit_glu, compute_head},
+    .compute = {compute_linear, compute_linear, compute_bit_glu, compute_head, compute_roof},
 };

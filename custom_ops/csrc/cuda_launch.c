@@ -84,8 +84,8 @@ static const char *load_driver(void) {
   int result;
   void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (!library)
-    return "no NVIDIA driver (libcuda.so.1) on this machine: install it, or build the artifact "
-           "with --target native";
+    return "no NVIDIA driver (libcuda.so.1) on this machine: install it, build the artifact with "
+           "--target native, load with plugin=False, or verify with --fallback";
 #define FIND(name, parameters)                  \
   *(void **)&cuda.name = dlsym(library, #name); \
   if (!cuda.name) return "the NVIDIA driver lacks " #name ": install driver 550 or newer";
@@ -442,6 +442,12 @@ static const Tile *choose_tiles(const bc_gpu *gpu, const bc_linear *job, int64_t
   return first;
 }
 
+static int64_t gemm_shared(void) {
+  int64_t stages = (int64_t)BC_GEMM_STAGES * GEMM_TOKENS * UNIT_COLUMNS;
+  int64_t finished = (int64_t)GEMM_TOKENS * (BC_GEMM_ROWS + BC_GEMM_PAD) * 4;
+  return stages > finished ? stages : finished;
+}
+
 static int multiply_part(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from,
                          const Tile *h, int64_t first, int64_t M) {
   int64_t blocks = ceil_div(job->N, BC_GEMM_ROWS), columns = ceil_div(M, h->tokens);
@@ -466,12 +472,10 @@ static int multiply_part(const bc_gpu *gpu, void *stream, const bc_linear *job, 
       .has_bias = job->bias != NULL,
       .has_residual = residual != NULL,
       .direct = job->type_y != FLOAT && !residual && job->N % 8 == 0 && aligned(job->y)};
-  int64_t stages = (int64_t)BC_GEMM_STAGES * GEMM_TOKENS * UNIT_COLUMNS;
-  int64_t finished = (int64_t)GEMM_TOKENS * (BC_GEMM_ROWS + BC_GEMM_PAD) * 4;
   void **arguments = (void *[])BC_GEMM_ARGS(a);
   if (h == &mma)
-    return launch(gpu, stream, h->kernel, blocks, columns, h->threads,
-                  stages > finished ? stages : finished, arguments, job->early);
+    return launch(gpu, stream, h->kernel, blocks, columns, h->threads, gemm_shared(), arguments,
+                  job->early);
   return launch(gpu, stream, h->kernel, least(blocks * columns, gpu->processors), 1, h->threads,
                 h->shared, arguments, job->early);
 }
@@ -481,6 +485,19 @@ static int multiply(const bc_gpu *gpu, void *stream, const bc_linear *job, const
   const Tile *rest, *tile = choose_tiles(gpu, job, &M, &rest);
   int result = multiply_part(gpu, stream, job, from, tile, 0, M);
   return result || !rest ? result : multiply_part(gpu, stream, job, from, rest, M, job->M - M);
+}
+
+/* Blocks of bc_grouped that take a multiprocessor as long as one tile of bc_grouped_many, or of
+ * bc_grouped_wgmma (measured on an H100). */
+enum { MANY_COST = 24, WGMMA_COST = 12 };
+
+/* Units of columns that a warp takes in one turn, whole groups: all, if their sums fit in half of
+ * the shared memory. */
+static int32_t share_of(const bc_gpu *gpu, const bc_linear *job) {
+  int64_t whole = ceil_div(job->group_size, UNIT_COLUMNS); /* units of a group, if it has any */
+  int64_t bytes = BC_GROUPED_GROUP * whole * UNIT_COLUMNS / job->group_size * BC_GROUPED_WARPS;
+  int64_t room = (gpu->shared_limit - 2048) / 2;
+  return (int32_t)whole * least(ceil_div(units_of(job), whole * BC_GROUPED_WARPS), room / bytes);
 }
 
 static int multiply_groups(const bc_gpu *gpu, void *stream, const bc_linear *job,
@@ -500,12 +517,29 @@ static int multiply_groups(const bc_gpu *gpu, void *stream, const bc_linear *job
                        .tiles = (int32_t)tiles,
                        .groups = (int32_t)ceil_div(job->K, job->group_size),
                        .group_blocks = job->group_size / 16,
+                       .share = share_of(gpu, job),
                        .type_y = job->type_y,
                        .has_bias = job->bias != NULL,
                        .has_residual = job->residual != NULL};
-  return launch(gpu, stream, BC_GROUPED, ceil_div(tiles, BC_GROUPED_WARPS),
-                ceil_div(job->M, TOKENS), BC_GROUPED_WARPS * 32, 0, (void *[])BC_GROUPED_ARGS(a),
-                job->early);
+  int64_t blocks = ceil_div(job->N, BC_GEMM_ROWS), columns = ceil_div(job->M, GEMM_TOKENS);
+  int wgmma = job->group_size >= 128  ? BC_GROUPED_WGMMA128
+              : job->group_size == 64 ? BC_GROUPED_WGMMA64
+                                      : BC_GROUPED_WGMMA32;
+  int hopper = gpu->kernel[wgmma] && !job->split;
+  int64_t turns = ceil_div(blocks * columns, gpu->processors);
+  int64_t cost = turns * gpu->processors * (hopper ? WGMMA_COST : MANY_COST);
+  int many = job->tile ? job->tile == BC_MMA_TILE : cost <= tiles * ceil_div(job->M, TOKENS);
+  /* Few tokens are not padded to tiles of many. */
+  many = many && job->M > 2 * TOKENS && a.group_blocks % BC_GROUPED_MANY_LEAST == 0;
+  if (many && hopper)
+    return launch(gpu, stream, wgmma, least(blocks * columns, gpu->processors), 1, BC_WGMMA_THREADS,
+                  BC_GROUPED_WGMMA_SHARED, (void *[])BC_GROUPED_ARGS(a), job->early);
+  if (many)
+    return launch(gpu, stream, BC_GROUPED_MANY, blocks, columns, BC_GROUPED_MANY_THREADS,
+                  gemm_shared(), (void *[])BC_GROUPED_ARGS(a), job->early);
+  int64_t sums = (int64_t)a.share * UNIT_COLUMNS / job->group_size * BC_GROUPED_WARPS;
+  return launch(gpu, stream, BC_GROUPED, tiles, ceil_div(job->M, TOKENS), BC_GROUPED_WARPS * 32,
+                sums * BC_GROUPED_GROUP, (void *[])BC_GROUPED_ARGS(a), job->early);
 }
 
 int bc_cuda_linear(const bc_gpu *gpu, void *stream, const bc_linear *job, void *scratch) {

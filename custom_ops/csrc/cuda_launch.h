@@ -42,7 +42,8 @@ typedef struct bc_linear {
   float eps;
   int32_t early; /* weights are constants: they may be read while the kernel before still runs */
   int32_t quantised; /* scratch holds the quantised rows already, of a call with the same job */
-  /* To compare: 0 leaves the choice here. */
+  /* To compare: 0 leaves the choice here. With groups, tile 1 is for few tokens, and split leaves
+   * out Hopper's own kernel. */
   int32_t step;  /* row tiles of a block, with few tokens */
   int32_t tile;  /* number in BC_TILES or BC_GEMVS, from 1; BC_MMA_TILE: mma.sync */
   int32_t split; /* one token: norm and product in kernels of their own */

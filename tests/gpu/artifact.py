@@ -1,87 +1,55 @@
 """Whole models through onnxruntime-gpu: the tokens of an artifact, and the speed of a 2B-4T shape.
 
-    python -m tests.gpu.artifact OUT --expected tokens.json       # greedy tokens of an artifact
-    python -m tests.gpu.artifact OUT --shape 2b-4t [--context N]  # random weights, OUT's plugin
+    python -m tests.gpu.artifact OUT --expected tokens.json     # greedy tokens of an artifact
+    python -m tests.gpu.artifact OUT --shape 2b-4t              # random weights, OUT's plugin
 
-``tokens.json``: a list of ``{"prompt": ids, "tokens": ids, "gaps": logits}`` of the CPU artifact.
+``tokens.json``: a list of ``{"prompt": ids, "tokens": ids, "gaps": logits}`` of the CPU artifact,
+where a gap lies between the two best candidates. ``bitcompile verify`` and ``bench`` do the rest.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import glob
 import itertools
 import json
-import site
-import statistics
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401 gives numpy its bfloat16
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-TIE = 0.2
-"""Logits of float16 activations closer than this may swap ranks: where the CPU artifact's two best
-are 0.17 apart, the float16 graph's own fallback on a CPU takes either of them, by the head."""
+from bitcompile import runtime
+from bitcompile.artifact import MANIFEST, Artifact
+from bitcompile.bench import bench
+from bitcompile.cuda_decoder import CudaDecoder
+from bitcompile.packing import CUDA_TILE, PackedTernary
+from bitcompile.verification import empty_caches, step
+
+TIES = {"float16": 0.2, "bfloat16": 1.6}
+"""Logits closer than this may swap ranks: where the CPU artifact's two best are 0.17 apart, the
+float16 graph's own fallback on a CPU takes either of them, by the head; bfloat16 has eight times
+the rounding."""
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, SIZE, VOCAB = 30, 2560, 6912, 20, 5, 128, 128256
 QKV = (HEADS + 2 * KV_HEADS) * SIZE
 
 
-def runtime() -> Any:
-    """onnxruntime, with the CUDA libraries that PyTorch brought."""
-    names = ("cudart", "cublas", "cudnn", "cufft", "curand", "nvrtc", "nvJitLink")
-    for folder in site.getsitepackages():
-        for path in sorted(glob.glob(f"{folder}/nvidia/**/lib/*.so*", recursive=True)):
-            if any(name in path for name in names):
-                try:
-                    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-                except OSError:
-                    continue  # some need others that come later, or a part that is not installed
-    import onnxruntime
-
-    return onnxruntime
-
-
-def session(model: Path, library: Path, **options: str) -> Any:
-    """A session on the CUDA provider; raises RuntimeError if it did not take it."""
-    onnxruntime = runtime()
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3
-    settings.register_custom_ops_library(str(library.absolute()))
-    made = onnxruntime.InferenceSession(
-        str(model), settings, providers=[("CUDAExecutionProvider", options), "CPUExecutionProvider"]
-    )
-    if made.get_providers()[0] != "CUDAExecutionProvider":
-        raise RuntimeError(f"providers are {made.get_providers()}")
-    return made
-
-
 def greedy(made: Any, prompt: list[int], count: int) -> list[int]:
     """Tokens by plain runs, the cache handed from run to run."""
-    caches = {
-        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float16)
-        for i in made.get_inputs()
-        if i.name.startswith("past_key_values.")
-    }
-    names = [o.name for o in made.get_outputs()]
-    feed, tokens, past = prompt, [], 0
+    caches, feed, tokens = empty_caches(made), prompt, []
     for _ in range(count):
-        mask = np.ones((1, past + len(feed)), np.int64)
-        inputs = {"input_ids": np.array([feed], np.int64), "attention_mask": mask, **caches}
-        results = dict(zip(names, made.run(None, inputs), strict=True))
-        caches = {n: results[n.replace("past_key_values.", "present.")] for n in caches}
-        past += len(feed)
-        tokens.append(int(results["logits"][0, -1].astype(np.float32).argmax()))
+        logits = step(made, np.array([feed], np.int64), caches)
+        tokens.append(int(logits[0, -1].argmax()))
         feed = tokens[-1:]
     return tokens
 
 
-def compare_tokens(folder: Path, expected: Path) -> None:
+def compare_tokens(artifact: Artifact, expected: Path) -> None:
     """Raises AssertionError where a token differs and the CPU's two best were no tie."""
-    made = session(folder / "model.onnx", folder / "libbitcompile_ops.so")
+    made = runtime.load(artifact.path)
     agreed = total = 0
     for case in json.loads(expected.read_text()):
         got = greedy(made, case["prompt"], len(case["tokens"]))
@@ -91,7 +59,8 @@ def compare_tokens(folder: Path, expected: Path) -> None:
         if first < len(got):
             gap = case["gaps"][first]
             print(f"   token {first} differs; the CPU's two best logits are {gap:.4f} apart")
-            assert gap < TIE, f"prompt {case['prompt'][:6]}: {got} instead of {case['tokens']}"
+            tie = TIES[artifact.activations]
+            assert gap < tie, f"prompt {case['prompt'][:6]}: {got} instead of {case['tokens']}"
     print(f"greedy tokens as the CPU artifact's: {agreed} of {total} before a tie")
 
 
@@ -99,10 +68,11 @@ def compare_tokens(folder: Path, expected: Path) -> None:
 
 
 class Shape:
-    """A float16 decoder with random weights in an external file, written where it runs."""
+    """A decoder with random weights in an external file, written where it runs."""
 
-    def __init__(self, folder: Path, context: int, layers: int = LAYERS) -> None:
-        self.folder, self.context = folder, context
+    def __init__(self, folder: Path, context: int, activations: str, layers: int = LAYERS) -> None:
+        self.folder, self.context, self.activations = folder, context, activations
+        self.ternary = 0
         self.rng = np.random.default_rng(0)
         self.initializers: list[onnx.TensorProto] = []
         self.nodes: list[onnx.NodeProto] = []
@@ -137,6 +107,7 @@ class Shape:
         count = (-(-N // 16), -(-K // 128), 512)
         packed = self.codes[self.rng.integers(0, len(self.codes), count)]
         scale = np.full((N, 1), 0.02, np.float32)
+        self.ternary += packed.nbytes + scale.nbytes
         return [self.const(f"{name}.w", packed), self.const(f"{name}.s", scale)]
 
     def node(self, op: str, inputs: list[str], outputs: list[str], domain: str = "bitcompile",
@@ -148,14 +119,14 @@ class Shape:
     def _write(self, layers: int) -> None:
         layout = {"layout": "i2_n16k128", "act_bits": 8, "group_size": 0}
         wide = {"eps": 1e-5, **layout}
-        half = np.float16
+        half = np.dtype(self.activations)
         none = self.const("none", np.zeros((), np.float32))
-        none_half = self.const("none.float16", np.zeros((), half))
+        none_half = self.const("none.narrow", np.zeros((), half))
         table = self.const(
             "table", (self.rng.standard_normal((VOCAB, HIDDEN), np.float32) * 0.02).astype(half)
         )
         ones = {n: self.const(f"ones{n}", np.ones(n, np.float32)) for n in (HIDDEN, FFN)}
-        ones_half = self.const("ones.float16", np.ones(HIDDEN, half))
+        ones_half = self.const("ones.narrow", np.ones(HIDDEN, half))
         angle = np.arange(self.context)[:, None] / 500000 ** (np.arange(SIZE // 2) * 2 / SIZE)
         tables = [
             self.const(n, f(angle).astype(half)) for n, f in (("cos", np.cos), ("sin", np.sin))
@@ -200,16 +171,18 @@ class Shape:
         x = self.node("Gather", [x, last], ["final"], "", axis=1)
         x = self.node("SimplifiedLayerNormalization", [x, ones_half], ["norm"], "", epsilon=1e-5,
                       axis=-1)  # fmt: skip
-        self.node("FusedMatMul", [x, table], ["logits"], "com.microsoft", transB=1)
+        self.node("FusedMatMul", [x, table], ["narrow"], "com.microsoft", transB=1)
+        self.node("Cast", ["narrow"], ["logits"], "", to=TensorProto.FLOAT)
         self._save(cache)
 
     def _save(self, cache: list[str]) -> None:
         info = helper.make_tensor_value_info
-        half, kv = TensorProto.FLOAT16, [1, KV_HEADS, None, SIZE]
-        inputs = [info("input_ids", TensorProto.INT64, [1, None]),
-                  info("attention_mask", TensorProto.INT64, [1, None]),
+        half = helper.np_dtype_to_tensor_dtype(np.dtype(self.activations))
+        kv = ["batch", KV_HEADS, None, SIZE]
+        inputs = [info("input_ids", TensorProto.INT64, ["batch", None]),
+                  info("attention_mask", TensorProto.INT64, ["batch", None]),
                   *(info(name, half, kv) for name in cache)]  # fmt: skip
-        outputs = [info("logits", half, [1, 1, VOCAB])]
+        outputs = [info("logits", TensorProto.FLOAT, ["batch", 1, VOCAB])]
         outputs += [info(n.replace("past_key_values", "present"), half, kv) for n in cache]
         graph = helper.make_graph(self.nodes, "shape", inputs, outputs, self.initializers)
         opsets = [helper.make_opsetid(d, v)
@@ -218,95 +191,82 @@ class Shape:
         (self.folder / "model.onnx").write_bytes(model.SerializeToString())
 
 
-class Decoder:
-    """The session with one buffer a cache, bound as past and as present."""
-
-    def __init__(self, folder: Path, library: Path, context: int, graph: bool) -> None:
-        self.onnxruntime = runtime()
-        self.context = context
-        self.session = session(folder / "model.onnx", library, enable_cuda_graph=str(int(graph)))
-        self.caches = {
-            i.name: self._array(np.zeros((1, KV_HEADS, context, SIZE), np.float16))
-            for i in self.session.get_inputs()
-            if i.name.startswith("past")
-        }
-        self.bound: dict[int, tuple[Any, ...]] = {}
-
-    def _array(self, array: np.ndarray[Any, Any]) -> Any:
-        return self.onnxruntime.OrtValue.ortvalue_from_numpy(array, "cuda", 0)
-
-    def binding(self, tokens: int, past: int) -> Any:
-        """Inputs and outputs of a step of ``tokens`` behind ``past``."""
-        if tokens not in self.bound:
-            binding = self.session.io_binding()
-            mask = np.zeros((1, self.context), np.int64)
-            ids = self._array(np.ones((1, tokens), np.int64))
-            held = self._array(mask)
-            logits = self._array(np.zeros((1, 1, VOCAB), np.float16))
-            binding.bind_ortvalue_input("input_ids", ids)
-            binding.bind_ortvalue_input("attention_mask", held)
-            binding.bind_ortvalue_output("logits", logits)
-            for name, cache in self.caches.items():
-                binding.bind_ortvalue_input(name, cache)
-                binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
-            self.bound[tokens] = (binding, ids, held, logits)
-        binding, _, held, _ = self.bound[tokens]
-        mask = np.zeros((1, self.context), np.int64)
-        mask[0, : past + tokens] = 1
-        held.update_inplace(mask)
-        return binding
-
-    def step(self, tokens: int, past: int) -> None:
-        """Run once; the device has finished when it returns."""
-        self.session.run_with_iobinding(self.binding(tokens, past))
-
-    def seconds(self, tokens: int, past: int, repeat: int) -> float:
-        """Median seconds of one step at a place in the cache."""
-        binding = self.binding(tokens, past)
-        for _ in range(4):
-            self.session.run_with_iobinding(binding)
-        times = []
-        for _ in range(repeat):
-            begin = time.perf_counter()
-            self.session.run_with_iobinding(binding)
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times)
+def shape_artifact(made: Artifact, folder: Path, context: int, activations: str) -> Artifact:
+    """An artifact of the shape with the plugin of another one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    shape = Shape(folder, context, activations)
+    shutil.copy(made.library, folder / made.library.name)
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": ""}
+             for path in folder.iterdir() if path.name != MANIFEST}  # fmt: skip
+    language = {"vocab_size": VOCAB, "context_length": context, "hidden_size": HIDDEN,
+                "num_layers": LAYERS, "num_heads": HEADS, "num_kv_heads": KV_HEADS,
+                "head_size": SIZE}  # fmt: skip
+    inspection = {**made.manifest["inspection"]}
+    inspection["bytes"] = {**inspection["bytes"], "ternary": shape.ternary}
+    options = {**made.manifest["options"], "head": "float", "activations": activations}
+    manifest = {**made.manifest, "language": language, "inspection": inspection,
+                "options": options, "files": files}  # fmt: skip
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    print(f"random 2B-4T shape, {activations}, in {time.monotonic() - begin:.0f} s", flush=True)
+    return Artifact.open(folder)
 
 
-def kernel_times(decoder: Decoder, past: int, steps: int = 10) -> None:
+def kernel_times(artifact: Artifact, past: int, steps: int = 10) -> None:
     """What each kernel takes of a decode step, by CUPTI. Those that start early wait meanwhile."""
     from torch.profiler import ProfilerActivity, profile
 
-    decoder.step(1, past)
+    decoder = CudaDecoder(runtime.load(artifact.path), artifact.manifest["language"], past + 1)
+    run = decoder.step(1, past)
+    for _ in range(4):
+        run()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(steps):
-            decoder.step(1, past)
+            run()
     rows = sorted(profiled.key_averages(), key=lambda row: -row.self_device_time_total)
     for row in rows[:14]:
         time, launches = row.self_device_time_total / steps, row.count / steps
         print(f"   {row.key[:70]:70} {time:8.1f} us a token, {launches:.0f} launches")
 
 
-def measure_shape(library: Path, folder: Path, context: int) -> None:
-    """Decode with and without a CUDA graph, and prefill."""
-    folder.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
-    Shape(folder, context)
-    print(f"random 2B-4T shape written in {time.monotonic() - begin:.0f} s", flush=True)
-    for graph in (False, True):
-        try:
-            decoder = Decoder(folder, library, context, graph)
-            for past in (16, 512):
-                t = decoder.seconds(1, past, 100)
-                print(f"decode after {past} tokens, CUDA graph {graph}: {t * 1e3:.3f} ms, "
-                      f"{1 / t:.0f} tokens/s", flush=True)  # fmt: skip
-            if not graph:
-                kernel_times(decoder, 16)
-                for tokens in (512, 2048):
-                    t = decoder.seconds(tokens, 0, 5)
-                    print(f"prefill of {tokens}: {t * 1e3:.1f} ms, {tokens / t:.0f} tokens/s")
-        except Exception as error:  # onnxruntime's exceptions have no common base of their own
-            print(f"CUDA graph {graph}: {type(error).__name__}: {str(error)[:600]}")
+def measure_shape(artifact: Artifact) -> None:
+    """Decode at two places of the cache and two batches, and two prompts."""
+    for prefill, context, batch in ((512, 16, 1), (2048, 512, 1), (512, 16, 8)):
+        report = bench(artifact, prefill, 64, context=context, batch=batch)
+        for key in ("device", "activations", "cuda_graph", "context", "batch", "prefill_tokens",
+                    "prefill_tokens_per_s", "decode_tokens_per_s", "decode_tokens_per_s_range",
+                    "read_roof_bytes_per_s", "decode_roof_share", "gpu_memory_bytes",
+                    "load_s"):  # fmt: skip
+            print(f"   {key} {report[key]}", end=";")
+        print(flush=True)
+
+
+def check_many_rows(artifact: Artifact) -> None:
+    """More rows than one pass takes, and more than 2**31 results: some against themselves alone."""
+    N, K, M = 32768, 128, 70000
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-1, 2, (N, K)).astype(np.int8)
+    packed = PackedTernary.pack(weight, 0.5, CUDA_TILE)
+    tensors = [numpy_helper.from_array(a, n)
+               for n, a in (("w", packed.data), ("s", packed.scale), ("bias", np.zeros((), "f4")),
+                            ("none", np.zeros((), np.float16)))]  # fmt: skip
+    node = helper.make_node("BitLinear", ["x", "w", "s", "bias", "none"], ["y"],
+                            domain="bitcompile", K=K, N=N, layout=CUDA_TILE.id)  # fmt: skip
+    info, half = helper.make_tensor_value_info, TensorProto.FLOAT16
+    graph = helper.make_graph([node], "rows", [info("x", half, [None, K])],
+                              [info("y", half, [None, N])], tensors)  # fmt: skip
+    opsets = [helper.make_opsetid(d, v) for d, v in (("", 21), ("bitcompile", 1))]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = runtime.session_options(artifact.path)
+    options.log_severity_level = 3
+    session = runtime.open_session(model.SerializeToString(), options, runtime.providers(artifact))
+    x = rng.standard_normal((M, K)).astype(np.float16)
+    (y,) = session.run(None, {"x": x})
+    assert y.size > 1 << 31
+    for begin in (0, 65500, M - 40):
+        rows = slice(begin, begin + 40)
+        np.testing.assert_array_equal(y[rows], session.run(None, {"x": x[rows]})[0])
+    print(f"{M} rows of {N}: as those rows alone")
 
 
 if __name__ == "__main__":
@@ -314,10 +274,19 @@ if __name__ == "__main__":
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--expected", type=Path)
     parser.add_argument("--shape", choices=["2b-4t"])
+    parser.add_argument("--activations", choices=list(TIES), default="float16")
     parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--rows", action="store_true", help="a product of very many rows")
+    parser.add_argument("--kernels", action="store_true", help="what each takes (needs torch)")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/bitcompile-shape"))
     chosen = parser.parse_args()
+    given = Artifact.open(chosen.artifact)
     if chosen.expected:
-        compare_tokens(chosen.artifact, chosen.expected)
+        compare_tokens(given, chosen.expected)
+    if chosen.rows:
+        check_many_rows(given)
     if chosen.shape:
-        measure_shape(chosen.artifact / "libbitcompile_ops.so", chosen.folder, chosen.context)
+        shaped = shape_artifact(given, chosen.folder, chosen.context, chosen.activations)
+        measure_shape(shaped)
+        if chosen.kernels:
+            kernel_times(shaped, 16)

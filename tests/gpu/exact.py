@@ -216,6 +216,50 @@ def large(launcher: Launcher, seed: int, N: int, K: int, M: int, **choice: int) 
     same(f"large {M}x{N}x{K} {choice}", product.y, expected)
 
 
+def large_grouped(launcher: Launcher, seed: int, N: int, K: int, M: int, group_size: int) -> None:
+    """The same with a scale per group; groups gather in order, each step rounded."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    generator = torch.Generator("cuda").manual_seed(seed)
+    w = random_weights(generator, N, K)
+    x = torch.randn((M, K), device="cuda", generator=generator)
+    scale = torch.rand((N, K // group_size), device="cuda", generator=generator) + 0.1
+    stored = CUDA_TILE.encode_scale(scale.cpu().numpy(), group_size)
+    product = Linear(x, w, on_gpu(stored), (N, K), torch.float32, group_size=group_size, early=1)
+    launcher.linear(product.job(), product.scratch(launcher))
+    quantised, s = (on_gpu(a) for a in numerics.quantize_activations(x.cpu().numpy()))
+    q, weight = quantised.float(), unpack(w, N, K).float()
+    total = torch.zeros((M, N), device="cuda")
+    for j, begin in enumerate(range(0, K, group_size)):
+        acc = q[:, begin : begin + group_size] @ weight[:, begin : begin + group_size].T
+        total = total + acc * scale[:, j]
+    assert product.y is not None
+    same(f"large {M}x{N}x{K} by {group_size}", product.y, total * (1 / s))
+
+
+def huge(launcher: Launcher, seed: int, group_size: int = 0) -> None:
+    """More than 2**31 results of one launch: some rows against the same rows alone."""
+    N, K, M = 40960, 128, 1 << 16
+    generator = torch.Generator("cuda").manual_seed(seed)
+    w = random_weights(generator, N, K)
+    x = torch.randn((M, K), device="cuda", generator=generator)
+    groups = K // group_size if group_size else 1
+    scale = torch.rand((N, groups), device="cuda", generator=generator) + 0.1
+    stored = (
+        on_gpu(CUDA_TILE.encode_scale(scale.cpu().numpy(), group_size)) if group_size else scale
+    )
+    rows = slice(M - 40, M)
+
+    def results(some: torch.Tensor) -> torch.Tensor:
+        product = Linear(some, w, stored, (N, K), torch.float16, group_size=group_size, early=1)
+        launcher.linear(product.job(), product.scratch(launcher))
+        assert product.y is not None
+        return product.y
+
+    assert M * N > 1 << 31
+    same(f"huge {M}x{N}x{K} by {group_size}", results(x)[rows], results(x[rows].contiguous()))
+    torch.cuda.empty_cache()
+
+
 def random_weights(generator: torch.Generator, N: int, K: int) -> torch.Tensor:
     """Packed bytes of random ternary weights; N and K whole tiles."""
     codes = [a | b << 2 | c << 4 | d << 6 for a, b, c, d in itertools.product(range(3), repeat=4)]
@@ -243,8 +287,9 @@ def products(seed: int, quick: bool) -> Iterator[Callable[[Launcher], None]]:
         yield partial(linear, case=case, norm=bool(number % 2), extras=extras)
         yield partial(linear, case=case, norm=not number % 2, extras=extras)
         yield partial(glu, case=case, gate=number % 4, sub_norm=bool(number % 3))
+        if M in (1, 9, 40, 129, 300):
+            yield partial(grouped, case=case, group_size=16 << (number + number // len(TOKENS)) % 5)
         if M in (1, 9, 40):
-            yield partial(grouped, case=case, group_size=16 << number % 5)
             yield partial(head, case=case, bits=8 >> number % 2)
         for tile in tiles if M > 16 else ():
             yield partial(linear, case=case, norm=True, extras=True, tile=tile)
@@ -258,6 +303,10 @@ def products(seed: int, quick: bool) -> Iterator[Callable[[Launcher], None]]:
         for M in (1, 3, 16, 33, 512):
             for tile in (0, *tiles) if M > 16 else (0,):
                 yield partial(large, seed=seed + M, N=N, K=K, M=M, tile=tile)
+    for group_size, M in ((32, 33), (64, 512), (128, 512), (256, 130)):
+        yield partial(large_grouped, seed=seed, N=2560, K=6912, M=M, group_size=group_size)
+    for group_size in (0, 16, 128):
+        yield partial(huge, seed=seed, group_size=group_size)
     yield partial(large, seed=seed, N=2560, K=2560, M=1700)  # tiles of two sizes
     yield partial(large, seed=seed, N=512, K=9984, M=1)  # a row too long for the fused kernels
 

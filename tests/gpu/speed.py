@@ -258,6 +258,30 @@ def prefill_table(launcher: Launcher) -> None:
             print(line, flush=True)
 
 
+def grouped_table(launcher: Launcher) -> None:
+    """Weights with a scale per group of columns beside those with one a row: TOPS."""
+    sizes = (0, 256, 128, 64, 32, 16)
+    print(
+        "== scales per group of columns, TOPS of the product of quantised rows (0: a scale a row)"
+    )
+    print("N x K".ljust(13) + "M".rjust(6) + "".join(str(size).rjust(8) for size in sizes))
+    for N, K in ((2560, 2560), (2560, 6912), (13824, 2560)):
+        weights = Weights.make(N, K)
+        scales = {
+            size: torch.full((N // 16, K // size, 16), 0.02, device="cuda") for size in sizes[1:]
+        }
+        for M in (1, 16, 64, 512, 2048):
+            times = in_turn([
+                ours(launcher, [
+                    one.changed(y=one.y, w_scale=scales.get(size, weights.scale), group_size=size)
+                    for one in weights.linears(M, quantised=True, early=True)
+                ])
+                for size in sizes
+            ])  # fmt: skip
+            tops = "".join(f"{2 * N * K * M / t / 1e12:8.2f}" for t in times)
+            print(f"{N}x{K}".ljust(13) + str(M).rjust(6) + tops, flush=True)
+
+
 # --- the stack ------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from bitcompile.targets.tir.cuda import decode, fused, gemm, gemv, grouped, head, roof, rows
 from bitcompile.targets.tir.cuda.device import source
+from bitcompile.targets.tir.cuda.tile import TILE_ROWS
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,10 @@ KERNELS = (
     DeviceKernel("bc_decode8", partial(decode.decode, tokens=8), 2),
     DeviceKernel("bc_decode16", partial(decode.decode, tokens=16)),
     DeviceKernel("bc_gemm", gemm.gemm, 2),
-    DeviceKernel("bc_grouped", grouped.grouped),
+    DeviceKernel("bc_grouped", grouped.grouped, 2),
+    DeviceKernel("bc_grouped_many", grouped.grouped_many),
+    *(DeviceKernel(f"bc_grouped_wgmma{columns}", partial(grouped.grouped_wgmma, columns=columns),
+                   feature="90a") for columns in grouped.WGMMA_COLUMNS),
     DeviceKernel("bc_head_quantize8", partial(head.head_quantize, bits=8)),
     DeviceKernel("bc_head_quantize4", partial(head.head_quantize, bits=4)),
     DeviceKernel("bc_head8", partial(head.head, bits=8), 2),
@@ -74,6 +78,10 @@ SIZES = {
     "BC_GEMM_STAGES": gemm.STAGES,
     "BC_WGMMA_THREADS": gemm.HOPPER_THREADS,
     "BC_GROUPED_WARPS": grouped.WARPS,
+    "BC_GROUPED_GROUP": 4 * (grouped.RESULTS + TILE_ROWS),
+    "BC_GROUPED_MANY_THREADS": grouped.MANY_THREADS,
+    "BC_GROUPED_MANY_LEAST": grouped.MANY_LEAST,
+    "BC_GROUPED_WGMMA_SHARED": grouped.WGMMA_SHARED,
     "BC_HEAD_THREADS": head.THREADS,
     "BC_HEAD_ROWS": head.ROWS,
     "BC_READ_THREADS": roof.THREADS,
@@ -99,6 +107,8 @@ def kernel_source(arch: str) -> str:
     functions = {kernel.name: kernel.generate(kernel.name) for kernel in chosen}
     tokens = sorted({tile.tokens for tile in TILES}) if arch.endswith("90a") else ()
     helpers = "".join(gemm.wgmma_source(count) for count in tokens)
+    if tokens:
+        helpers += grouped.wgmma_source()
     residents = {kernel.name: kernel.residents for kernel in chosen}
     return source(functions, helpers, residents)
 

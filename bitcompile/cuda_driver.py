@@ -1,0 +1,40 @@
+"""What the NVIDIA driver says about the GPU that onnxruntime takes, the first that is visible."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from bitcompile.errors import ToolchainError
+
+
+class Card:
+    """The GPU; raises ToolchainError without a driver or a GPU."""
+
+    def __init__(self) -> None:
+        try:
+            self._driver = ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            raise ToolchainError(
+                "no NVIDIA driver (libcuda.so.1) on this machine: install it"
+            ) from None
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        self._call("cuInit", 0)
+        self._call("cuDeviceGet", ctypes.byref(device), 0)
+        text = ctypes.create_string_buffer(256)
+        self._call("cuDeviceGetName", text, len(text), device)
+        self.name = text.value.decode("utf-8", "replace")
+        # The context that onnxruntime shares, so that it is not counted as the artifact's.
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self._call("cuCtxSetCurrent", context)
+
+    def used_bytes(self) -> int:
+        """Memory of the GPU in use, by whomever."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return total.value - free.value
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        result = getattr(self._driver, name)(*arguments)
+        if result:
+            raise ToolchainError(f"the NVIDIA driver fails ({name}: {result}): check nvidia-smi")
