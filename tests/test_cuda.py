@@ -101,17 +101,19 @@ def test_an_artifact_holds_code_for_every_architecture(artifact: Artifact) -> No
 
 
 def test_no_product_is_fused_into_a_sum() -> None:
-    """The reference rounds each; only the division of the many-token kernels may use one."""
+    """The reference rounds each; only Newton steps, of a quotient or a root, may use one."""
     cuda_compiler()
     from bitcompile.targets.tir.cuda.compiler import IMAGES, compile_image
-    from bitcompile.targets.tir.cuda.kernels import kernel_source
+    from bitcompile.targets.tir.cuda.kernels import KERNELS, kernel_source
 
     ptx = next(image for image in IMAGES if image.ptx)
     text = compile_image(kernel_source(ptx.arch), ptx).decode("ascii").rstrip("\0")
     kernels = re.split(r"\.visible \.entry ", text)[1:]
     fused = {re.match(r"\w+", k)[0] for k in kernels if "fma.rn.f32" in k}  # type: ignore[index]
-    assert fused == {"bc_gemm"}
-    assert all("approx" not in kernel for kernel in kernels)
+    one_token = {kernel.name for kernel in KERNELS if kernel.name.startswith("bc_fused")}
+    assert fused == {"bc_gemm", *one_token}
+    approximate = {(k.split("(")[0], a) for k in kernels for a in re.findall(r"\w+\.approx", k)}
+    assert approximate == {(name, "rsqrt.approx") for name in one_token}  # where the steps begin
 
 
 def test_activations_between_operators_are_float16(artifact: Artifact) -> None:

@@ -42,6 +42,7 @@ enum { /* CUdevice_attribute, CUfunction_attribute, CUlaunchAttributeID */
        SHARED_LIMIT = 97,
        STATIC_SHARED = 1,
        DYNAMIC_SHARED = 8,
+       CARVEOUT = 9,
        OVERLAP = 6,
 };
 
@@ -65,6 +66,13 @@ static struct {
   bc_gpu gpu[BC_MAX_GPUS];
 } cuda;
 static atomic_flag lock = ATOMIC_FLAG_INIT;
+
+typedef struct Fused { /* kernels of one token: units of a warp, warps of the row, tiles of a block
+                        */
+  int kernel, share, most_warps, most_tiles, wide, gate;
+} Fused;
+static const Fused fused_ways[] = {BC_FUSED_WAYS};
+enum { FUSED_WAYS = sizeof fused_ways / sizeof *fused_ways };
 
 const char *bc_cuda_error(int result) {
   const char *text = "unknown error";
@@ -138,6 +146,11 @@ static const char *prepare(bc_gpu *gpu) {
                                          gpu->device);
     if (result) return bc_cuda_error(result);
   }
+  /* A multiprocessor with another split of its memory takes none of their blocks before it is idle.
+   */
+  for (int i = 0; i < FUSED_WAYS; i++)
+    if (gpu->kernel[fused_ways[i].kernel])
+      cuda.cuKernelSetAttribute(CARVEOUT, 100, gpu->kernel[fused_ways[i].kernel], gpu->device);
   gpu->ready = 1;
   return NULL;
 }
@@ -193,16 +206,36 @@ static int64_t decode_shared(const bc_gpu *gpu, const bc_linear *job, int tokens
   return 4 * ((words + BC_DECODE_ROW_PAD + slots) * tokens + slots);
 }
 
-/* Units of weights that a warp of the fused kernel has under way. */
-static int32_t fused_held(const bc_gpu *gpu, const bc_linear *job) {
-  int64_t teams = BC_FUSED_WARPS / pairs_of(job);
-  return least(ceil_div((int64_t)step_of(gpu, job) * units_of(job), teams), BC_FUSED_AHEAD);
+/* The kernel for a row of this length; NULL if there is none. */
+static const Fused *fused_way(const bc_linear *job) {
+  for (int i = 0; i < FUSED_WAYS; i++) {
+    const Fused *way = &fused_ways[i];
+    if (way->share * way->most_warps >= units_of(job) && way->wide == (job->type_x == FLOAT) &&
+        way->gate == (job->gate_out >= 0))
+      return way;
+  }
+  return NULL;
 }
 
-static int64_t fused_shared(const bc_gpu *gpu, const bc_linear *job) {
-  int64_t filled = ceil_div(job->K, 512) * 512;
-  int64_t slots = (int64_t)step_of(gpu, job) * pairs_of(job) * TILE_ROWS;
-  return (int64_t)fused_held(gpu, job) * BC_FUSED_WARPS * 512 + 4 * (2 * filled + 2 * slots);
+static int32_t fused_warps(const bc_linear *job, const Fused *way) {
+  return (int32_t)(ceil_div(units_of(job), BC_FUSED_SPARE) * BC_FUSED_SPARE / way->share);
+}
+
+static int64_t fused_shared(const bc_gpu *gpu, const bc_linear *job, const Fused *way,
+                            int64_t step) {
+  int64_t slots = step * pairs_of(job), row = fused_warps(job, way) * way->share + BC_FUSED_SPARE;
+  int64_t needed = (slots * units_of(job) + row) * 512 + slots * TILE_ROWS * 4;
+  /* No room for a third block: where one is free, two of the next kernel would share it. */
+  int64_t third = job->early ? gpu->shared_limit / 3 : 0;
+  return needed > third ? needed : third;
+}
+
+/* Row tiles of a block: one for each multiprocessor, if its memory holds their weights. */
+static int32_t fused_step(const bc_gpu *gpu, const bc_linear *job, const Fused *way) {
+  int64_t tiles = ceil_div(job->N, TILE_ROWS), wanted = ceil_div(tiles, gpu->processors);
+  int32_t step = least(job->step ? job->step : wanted, way->most_tiles / pairs_of(job));
+  while (step && fused_shared(gpu, job, way, step) > gpu->shared_limit - 1024) step--;
+  return step;
 }
 
 static int aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
@@ -218,8 +251,9 @@ static int decode_kind(const bc_gpu *gpu, const bc_linear *job) {
   int64_t room = gpu->shared_limit - 1024;
   if (job->group_size) return 0;
   int alone = job->M == 1 && job->gate_in < 0 && !job->quantised && !job->split;
-  if (alone && job->K % 4 == 0 && job->K <= BC_FUSED_LONGEST && aligned(job->x) &&
-      aligned(job->gamma) && fused_shared(gpu, job) <= room)
+  const Fused *way = fused_way(job);
+  if (alone && way && job->K % 4 == 0 && aligned(job->x) && aligned(job->gamma) &&
+      fused_step(gpu, job, way))
     return FUSED;
   if (job->M == 1 && job->gate_out < 0 && job->K <= BC_GEMV_LONGEST) return 1;
   for (int tokens = 8; tokens <= 16; tokens += 8)
@@ -281,16 +315,10 @@ static int quantise(const bc_gpu *gpu, void *stream, const bc_linear *job, const
                 fast ? room : 0, (void *[])BC_ROWS_ARGS(a), job->early);
 }
 
-static const struct Fused {
-  int kernel, turns, wide, gate;
-} fused_ways[] = {BC_FUSED_WAYS};
-
 static int fused(const bc_gpu *gpu, void *stream, const bc_linear *job) {
-  const struct Fused *way = fused_ways;
-  while (way->turns * BC_FUSED_TURN < job->K || way->wide != (job->type_x == FLOAT) ||
-         way->gate != (job->gate_out >= 0))
-    way++;
-  int32_t tiles = (int32_t)ceil_div(job->N, TILE_ROWS), step = step_of(gpu, job);
+  const Fused *way = fused_way(job);
+  int32_t tiles = (int32_t)ceil_div(job->N, TILE_ROWS), step = fused_step(gpu, job, way);
+  int32_t warps = fused_warps(job, way), ending = (int32_t)ceil_div(step * TILE_ROWS, 32);
   bc_fused_args a = {.x = job->x,
                      .gamma = job->gamma,
                      .w = job->w,
@@ -303,7 +331,8 @@ static int fused(const bc_gpu *gpu, void *stream, const bc_linear *job) {
                      .units = units_of(job),
                      .tiles = tiles,
                      .step = step,
-                     .held = fused_held(gpu, job),
+                     .warps = warps,
+                     .ending = ending,
                      .type_x = job->type_x,
                      .type_y = job->type_y,
                      .has_norm = job->gamma != NULL,
@@ -311,8 +340,8 @@ static int fused(const bc_gpu *gpu, void *stream, const bc_linear *job) {
                      .has_residual = job->residual != NULL,
                      .activation = job->gate_out,
                      .eps = job->eps};
-  return launch(gpu, stream, way->kernel, ceil_div(tiles, step), 1, BC_FUSED_WARPS * 32,
-                fused_shared(gpu, job), (void *[])BC_FUSED_ARGS(a), job->early);
+  return launch(gpu, stream, way->kernel, ceil_div(tiles, step), 1, (warps + ending + 1) * 32,
+                fused_shared(gpu, job, way, step), (void *[])BC_FUSED_ARGS(a), job->early);
 }
 
 static int gemv(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from) {

@@ -1,12 +1,14 @@
 """One row from activations to result in one kernel: norm, quantise, multiply.
 
-Kernels are many and loops stay loops: a kernel of a few microseconds waits for its own code.
+What counts is the chain from the end of the kernel before to the own last store, so the roles are
+split by warps. Some warps share the columns: each brings, norms and quantises its own units of the
+row and multiplies them with every tile of the block. One (of the *ending* warps) adds up the
+squares in their order meanwhile, and they scale and store. One fetches the weights into shared
+memory, before the kernel before has ended, and keeps few on their way at a time: whatever else a
+multiprocessor reads or writes waits behind them. Sums of a tile meet in shared memory, where
+integers may be added in any order.
 
-Each block norms and quantises the row by itself, so a multiprocessor should have one. Weights land
-in shared memory meanwhile, and with programmatic dependent launch they are on their way before the
-kernel before has ended. A block takes some row tiles; their units, in the order they lie in memory,
-go to its warps in equal runs, and sums of a tile meet in shared memory, where integers may be added
-in any order.
+A multiprocessor should have one block of each kernel, and room for one of the next.
 """
 
 from __future__ import annotations
@@ -30,61 +32,68 @@ from bitcompile.targets.tir.cuda.device import (
     variable,
     view,
 )
-from bitcompile.targets.tir.cuda.gemv import dot_unit, lane_row
+from bitcompile.targets.tir.cuda.gemv import lane_row
 from bitcompile.targets.tir.cuda.rows import (
     LANES,
     gated,
     magnitude,
-    reciprocal_rms,
     row_scale,
 )
 from bitcompile.targets.tir.cuda.tile import TILE_ROWS, UNIT_COLUMNS, UNIT_WORDS
 from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, when
 
-WARPS = 16
-"""A power of two."""
-THREADS = 32 * WARPS
-AHEAD = 8
-"""Units of weights a warp has under way."""
-TURNS = (2, 4)
-"""Words of four values that a thread keeps of the row, by kernel: of up to 4096 or 8192."""
-STEP_WORDS = UNIT_COLUMNS // 4
+MOST_WARPS = {2: 12, 4: 16}
+"""Warps that share the row, by the units that each has: rows of up to 3072 or 8192 values."""
+STEPS = 8
+"""Squares of a partial sum that are loaded together."""
+SPARE = STEPS * LANES // UNIT_COLUMNS
+"""Units that the ordered sum may read beyond the row."""
+MOST_TILES = {2: 8, 4: 2}
+"""Row tiles of a block, likewise; both of a pair count. *Ending* warps have a lane for each row."""
+PIECES = 8
+"""Most copies of weights of a block: one a tile, or two of a long one."""
+IN_FLIGHT = 3
+"""Copies that are on their way at a time."""
 
 PARAMETERS = [
     ("x", "uint8*"), ("gamma", "float32*"), ("w", "uint32*"), ("w_scale", "float32*"),
     ("bias", "float32*"), ("residual", "uint8*"), ("y", "uint8*"),
     *((name, "int32") for name in (
-        "N", "K", "units", "tiles", "step", "held", "type_x", "type_y", "has_norm",
+        "N", "K", "units", "tiles", "step", "warps", "ending", "type_x", "type_y", "has_norm",
         "has_bias", "has_residual", "activation",
     )),
     ("eps", "float32"),
 ]  # fmt: skip
 
 
-def ordered_squares(squares: Buffer, start: Expr, count: Expr, lane: Expr) -> Expr:
-    """The sum of squares in shared memory, by one warp; ``count``: a multiple of 512.
+def threads(share: int) -> int:
+    """Most threads of a block whose warps have ``share`` units each."""
+    return 32 * (MOST_WARPS[share] + MOST_TILES[share] // 2 + 1)
 
-    Zeros that fill the row up leave the sums as they are.
+
+def ordered_squares(squares: Expr, turns: Expr, lane: Expr) -> Expr:
+    """The sum of squares in shared memory from address ``squares``, by one warp.
+
+    ``turns``: of STEPS each; zeros that fill the row up leave the sums as they are.
     """
     sums = [variable(T.float32(0), "float32") for _ in range(2)]
-    halves = [local(16, "float32") for _ in range(2)]
-    from_ = variable(start + lane * 2, "int32")[0]
+    halves = [local(2 * STEPS, "float32") for _ in range(2)]
+    from_ = variable(squares + T.cast(lane * 8, "uint32"), "uint32")
 
-    def bring(turn: Expr, half: Buffer) -> None:
-        for j in range(8):
-            do("bc_load_shared2", at(half, j * 2), at(squares, from_ + (turn * 8 + j) * LANES))
+    def bring(half: Buffer) -> None:
+        do(f"bc_load_steps<{STEPS}>", at(half, 0), from_[0])
+        put(from_, from_[0] + T.uint32(STEPS * LANES * 4))
 
     def add(half: Buffer) -> None:
-        for j in range(8):
+        for j in range(STEPS):
             for i in range(2):
                 put(sums[i], sums[i][0] + half[j * 2 + i])
 
-    turns = T.shift_right(count, 9)
-    bring(T.int32(0), halves[0])
-    with T.serial(T.shift_right(turns, 1)) as pair:
-        bring(pair * 2 + 1, halves[1])
+    bring(halves[0])
+    with rolled(T.shift_right(turns, 1)):
+        bring(halves[1])
         add(halves[0])
-        bring(T.min(pair * 2 + 2, turns - 1), halves[0])
+        bring(halves[0])
         add(halves[1])
     with when(T.bitwise_and(turns, 1) == 1):
         add(halves[0])
@@ -95,194 +104,189 @@ def ordered_squares(squares: Buffer, start: Expr, count: Expr, lane: Expr) -> Ex
     return sums[0][0] + sums[1][0]
 
 
-def fused(name: str, turns: int, wide: bool, gate: bool) -> Any:
-    """``y = scaled(W quantise(norm(x)))`` for one row of ``2048 * turns`` values at most.
+def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
+    """``y = scaled(W quantise(norm(x)))`` for one row whose warps have ``share`` units each.
 
-    Their number is a multiple of 4; ``wide``: they are float32, else of a 16-bit type. ``W``: units
-    ``[tiles, units]``; ``y`` ``[N]`` of ``type_y``, plus bias ``[N]`` and residual like y. With
-    ``gate``, rows n and N + n of W give ``act(gate) * up``. Grid: blocks of
-    ``step`` tiles. Dynamic shared memory: ``fused_shared`` in ``cuda_launch.c``.
+    The number of values is a multiple of 4; ``wide``: they are float32, else of a 16-bit type.
+    ``W``: units ``[tiles, units]``; ``y`` ``[N]`` of ``type_y``, plus bias ``[N]`` and residual
+    like y. With ``gate``, rows n and N + n of W give ``act(gate) * up``. Grid: blocks of ``step``
+    tiles. Threads: 32 * (``warps`` + ``ending`` + 1), of which ``ending`` warps have a lane for
+    each row. ``warps * share`` is a multiple of SPARE. Dynamic shared memory: ``fused_shared`` in
+    ``cuda_launch.c``.
     """
+    pairs = 2 if gate else 1
+    cuts = share // 2  # copies a tile
 
     def body(ids: Ids, x: Buffer, gamma: Buffer, w: Buffer, w_scale: Buffer, bias: Buffer,
              residual: Buffer, y: Buffer, N: Expr, K: Expr, units: Expr, tiles: Expr, step: Expr,
-             held: Expr, type_x: Expr, type_y: Expr, has_norm: Expr, has_bias: Expr,
+             warps: Expr, ending: Expr, type_x: Expr, type_y: Expr, has_norm: Expr, has_bias: Expr,
              has_residual: Expr, activation: Expr, eps: Expr) -> None:  # fmt: skip
-        pairs = 2 if gate else 1
-        memory = dynamic()
-        room, values = view(memory, "int32"), view(memory, "float32")
-        norm, most = shared(1, "float32"), shared(WARPS, "int32")
-        total = shared(1, "int32")
-        words = T.floordiv(K, 4)
-        row_words = units * STEP_WORDS
-        filled = T.floordiv(words + 127, 128) * 128
-        rows, slots = T.min(step, tiles - ids.block_x * step) * TILE_ROWS, step * pairs * TILE_ROWS
-        # Weights, then the row (its squares, then its int8 values), gamma, sums, scales.
-        row_at = held * (WARPS * UNIT_WORDS)
-        gamma_at = row_at + filled * 4
-        sums = gamma_at + filled * 4
-        scales = sums + slots
-
-        # The units of this warp: with pairs, half of the warps have gate tiles, half up tiles.
-        base = ids.block_x * step
-        count = T.min(step, tiles - base)
+        room = view(dynamic(), "int32")
+        norm, most = shared(1, "float32"), shared(32, "int32")
+        landed = shared(PIECES, "uint64")
+        lane = ids.lane
         warp = variable(
             call("int32", "__shfl_sync", T.uint32(0xFFFFFFFF), ids.warp, T.int32(0)), "int32"
         )[0]
-        team = WARPS // pairs
-        pair = T.floordiv(warp, team)
-        whole = count * units
-        run = T.floordiv(whole + (team - 1), team)
-        begin = variable(warp % team * run, "int32")
-        left = variable(T.min(run, whole - begin[0]), "int32")[0]
-        word = long((base + pair * tiles) * units + begin[0]) * UNIT_WORDS + ids.lane * 4
-        address = variable(call("uint64", "bc_pointer", at(w, word)), "uint64")
-        landing = call("uint32", "bc_shared", at(room, warp * held * UNIT_WORDS + ids.lane * 4))
-        ring = variable(landing, "uint32")[0]
+        base = ids.block_x * step
+        count = T.min(step, tiles - base)
+        rows, slots = count * TILE_ROWS, count * pairs
+        # Weights, then the row: its squares, then its int8 values. Then sums.
+        row_at = step * pairs * units * UNIT_WORDS
+        sums = row_at + (warps * share + SPARE) * UNIT_COLUMNS
+        meeting = (warps + ending) * 32
+        half = T.floordiv(units, 2) if cuts == 2 else units
 
-        def load(unit: Expr, place: Expr) -> None:
-            wanted = T.cast(unit < left, "int32")
-            byte = T.cast(unit, "uint64") * T.uint64(UNIT_WORDS * 4)
-            to = ring + T.cast(place * (UNIT_WORDS * 4), "uint32")
-            do("bc_copy_unit", to, address[0] + byte, wanted)
-            do("bc_copy_commit")
-
-        with when(has_norm != 0):
-            for turn in range(turns):
-                word = turn * THREADS + ids.thread
-                with when(word < words):
-                    do("bc_copy_async16", at(values, gamma_at + word * 4), gamma.data,
-                       long(word) * 16)  # fmt: skip
-        with when(ids.thread < slots):
-            second = T.cast(ids.thread >= rows, "int32")
-            n = base * TILE_ROWS + ids.thread - second * rows
-            with when(n < N):
-                do("bc_copy_async4", at(values, scales + ids.thread), at(w_scale, second * N + n))
-        do("bc_copy_commit")
-        with rolled(AHEAD) as i:
-            load(i, i)
-        do("bc_let_next_start")
-        with when(ids.thread < slots):
+        with when(ids.thread < slots * TILE_ROWS):
             put(room, T.int32(0), sums + ids.thread)
-        with when(ids.thread == 0):
-            put(total, T.int32(0))
-        slot = variable(pair * count + T.floordiv(begin[0], units), "int32")
-        column = variable(begin[0] % units, "int32")
-
-        do("bc_wait_for_earlier")
-        own = T.int32(THREADS - 1) - ids.thread  # the last warps have fewer units
-        n = base * TILE_ROWS + own
-        ends = T.And(own < rows, n < N)
-        old = variable(T.uint32(0), "uint32")
-        row = local(4 * turns, "float32")
-        place = x.data, T.int64(0), ids.thread, THREADS, words
-        if wide:
-            do(f"bc_load_wide<{turns}>", at(row, 0), *place)
-        else:
-            do(f"bc_load_narrow<{turns}>", at(row, 0), *place, type_x)
-        with when(T.And(has_residual != 0, ends)):
-            put(old, read("uint32", "bc_load_bits", residual.data, long(n), type_y))
-        four = local(4, "float32")
-        with when(has_norm != 0):
-            for turn in range(turns):
-                word = turn * THREADS + ids.thread
-                with when(word < filled):
-                    for j in range(4):
-                        put(four, row[turn * 4 + j] * row[turn * 4 + j], j)
-                    do("bc_store_shared4", at(values, row_at + word * 4), at(four, 0))
-            barrier()
-            with when(ids.warp == 0):
-                summed = ordered_squares(values, row_at, filled * 4, ids.lane)
-                put(norm, reciprocal_rms(summed, K, eps))
-            do(f"bc_copy_wait_but<{AHEAD}>")
-            barrier()
-            rstd = norm[0]
-            for turn in range(turns):
-                word = turn * THREADS + ids.thread
-                with when(word < words):
-                    do("bc_load_shared4", at(four, 0), at(values, gamma_at + word * 4))
-                    for j in range(4):
-                        put(row, (row[turn * 4 + j] * rstd) * four[j], turn * 4 + j)
-        bits = variable(T.int32(0), "int32")
-        for i in range(4 * turns):
-            put(bits, T.max(bits[0], magnitude(row[i])))
-        put(bits, call("int32", "__reduce_max_sync", T.uint32(0xFFFFFFFF), bits[0]))
-        with when(ids.lane == 0):
-            put(most, bits[0], ids.warp)
-        do(f"bc_copy_wait_but<{AHEAD}>")
+        with when(warp == warps + ending):
+            with when(lane == 0), T.serial(slots * cuts) as i:
+                do("bc_landing", at(landed, i))
+            do("bc_landing_fence")
         barrier()
-        put(bits, most[ids.lane % WARPS])
-        put(bits, call("int32", "__reduce_max_sync", T.uint32(0xFFFFFFFF), bits[0]))
-        scale, kept = row_scale(bits[0])
-        part = variable(T.int32(0), "int32")
-        for turn in range(turns):
-            word = turn * THREADS + ids.thread
-            with when(word < row_words):
-                packed = variable(call("int32", "bc_quantized4", at(row, turn * 4), scale), "int32")
+
+        with when(warp == warps + ending), rolled(slots * cuts) as i:
+            with when(i >= IN_FLIGHT):
+                do("bc_landed", at(landed, i - IN_FLIGHT))
+            slot, second = T.floordiv(i, cuts), i % cuts
+            tile = base + slot + T.if_then_else(slot < count, 0, tiles - count)
+            first = second * half
+            many = half + second * (units - half * 2)
+            to = at(room, (slot * units + first) * UNIT_WORDS)
+            do("bc_fetch", to, w.data, (long(tile) * units + first) * (UNIT_WORDS * 4),
+               many * (UNIT_WORDS * 4), at(landed, i), lane)  # fmt: skip
+
+        with when(warp < warps):
+            own = warp * share
+            weights = local(4 * share, "float32")  # of the norm
+            row = local(4 * share, "float32")
+            mine = variable(
+                call("uint32", "bc_shared", at(room, row_at + own * UNIT_COLUMNS)), "uint32"
+            )[0]
+            for i in range(4 * share):
+                put(weights, T.float32(0), i)
+            with when(has_norm != 0):
+                for p in range(share):
+                    k = (own + p) * UNIT_COLUMNS + lane * 4
+                    with when(k < K):
+                        do("bc_load_constant4", at(weights, p * 4), gamma.data, k)
+            do("bc_wait_for_earlier")
+            do("bc_let_next_start")
+            place = x.data, T.int64(0), own * 32 + lane, T.int32(32), T.floordiv(K, 4)
+            if wide:
+                do(f"bc_load_wide<{share}>", at(row, 0), *place)
+            else:
+                do(f"bc_load_narrow<{share}>", at(row, 0), *place, type_x)
+            with when(has_norm != 0):
+                for p in range(share):
+                    to = mine + T.cast(p * (UNIT_COLUMNS * 4) + lane * 16, "uint32")
+                    do("bc_store_squares", to, at(row, p * 4))
+                do("bc_meet", meeting)
+                do("bc_meet", meeting)
+                rstd = norm[0]
+                for i in range(4 * share):
+                    put(row, (row[i] * rstd) * weights[i], i)
+            bits = variable(T.int32(0), "int32")
+            for i in range(4 * share):
+                put(bits, T.max(bits[0], magnitude(row[i])))
+            put(bits, call("int32", "__reduce_max_sync", T.uint32(0xFFFFFFFF), bits[0]))
+            with when(lane == 0):
+                put(most, bits[0], warp)
+            do("bc_meet", meeting)
+            put(bits, most[T.min(lane, warps - 1)])
+            put(bits, call("int32", "__reduce_max_sync", T.uint32(0xFFFFFFFF), bits[0]))
+            scale, _ = row_scale(bits[0])
+            part, b = variable(T.int32(0), "int32"), local(8 * share, "int32")
+            # Word 4 j + c of a unit goes to lanes c of four: theirs lie together.
+            c, g = lane % 4, T.floordiv(lane, 4)
+            for p in range(share):
+                packed = variable(call("int32", "bc_quantized4", at(row, p * 4), scale), "int32")
                 put(part, part[0] + call("int32", "bc_sum4", packed[0]))
-                put(room, packed[0], row_at + word)
-        put(part, call("int32", "__reduce_add_sync", T.uint32(0xFFFFFFFF), part[0]))
-        with when(ids.lane == 0):
-            do("bc_add_shared", at(total, 0), part[0])
-        barrier()
-        factors = [variable(T.float32(0), "float32") for _ in range(2)]
-        with when(ends):
-            put(factors[0], call("float32", "__fdiv_rn", values[scales + own], kept))
-            if gate:
-                put(factors[1], call("float32", "__fdiv_rn", values[scales + rows + own], kept))
+                to = mine + T.cast(p * (UNIT_COLUMNS * 4) + c * 32 + g * 4, "uint32")
+                do("bc_store_shared", to, packed[0])
+            do("__syncwarp")
+            for p in range(share):
+                from_ = mine + T.cast(p * (UNIT_COLUMNS * 4) + c * 32, "uint32")
+                do("bc_load_shared8", at(b, p * 8), from_)
+            put(part, call("int32", "__reduce_add_sync", T.uint32(0xFFFFFFFF), part[0]))
 
-        acc = local(4, "int32")
-        b, four_words = local(8, "int32"), local(4, "uint32")
-        g, c = T.floordiv(ids.lane, 4), ids.lane % 4
+            together = 4 // share  # units: more registers would cost a block
+            acc, words = local(4, "int32"), local(4 * together, "uint32")
+            for i in range(4 * together):
+                put(words, T.uint32(0), i)
+            address = call("uint32", "bc_shared", at(room, own * UNIT_WORDS + lane * 4))
+            next_ = variable(address, "uint32")
+            address = call("uint32", "bc_shared", at(room, sums + c * 8 + g))
+            sum_at = variable(address, "uint32")
+            with rolled(slots) as slot:
+                for i in range(4):
+                    put(acc, T.int32(0), i)
+                if cuts == 1:
+                    do("bc_landed", at(landed, slot))
+                else:
+                    with when(own < half):
+                        do("bc_landed", at(landed, slot * 2))
+                    with when(own + share > half):
+                        do("bc_landed", at(landed, slot * 2 + 1))
+                for p in range(0, share, together):
+                    for i in range(together):
+                        unit = next_[0] + T.uint32((p + i) * UNIT_WORDS * 4)
+                        wanted = T.cast(own + (p + i) < units, "int32")
+                        do("bc_load_shared_unit_if", at(words, i * 4), unit, wanted)
+                    for t in range(4 * together):
+                        q = b[(p * 4 + t) * 2], b[(p * 4 + t) * 2 + 1]
+                        do("bc_dot16", at(acc, 0), words[t], *q)
+                put(next_, next_[0] + T.cast(units * (UNIT_WORDS * 4), "uint32"))
+                sum_ = lane_row(acc, lane) - part[0]
+                with when(c < 2):
+                    do("bc_add_at", sum_at[0], sum_)
+                put(sum_at, sum_at[0] + T.uint32(TILE_ROWS * 4))
+            do("bc_meet", meeting)
 
-        def clear() -> None:
-            for i in range(4):
-                put(acc, T.int32(0), i)
+        with when(T.And(warp >= warps, warp < warps + ending)):
+            own = ids.thread - warps * 32
+            n = base * TILE_ROWS + own
+            mine = T.And(own < rows, n < N)
+            scales = [variable(T.float32(0), "float32") for _ in range(pairs)]
+            with when(mine):
+                for i in range(pairs):
+                    put(scales[i], w_scale[i * N + n])
+            inverse = variable(call("float32", "__frcp_rn", T.cast(K, "float32")), "float32")[0]
+            squares = variable(call("uint32", "bc_shared", at(room, row_at)), "uint32")[0]
+            old = variable(T.uint32(0), "uint32")
+            do("bc_wait_for_earlier")
+            with when(T.And(has_residual != 0, mine)):
+                put(old, read("uint32", "bc_load_bits", residual.data, long(n), type_y))
+            with when(has_norm != 0):
+                do("bc_meet", meeting)
+                with when(warp == warps):
+                    turns = T.floordiv(warps * share, SPARE)
+                    summed = ordered_squares(squares, turns, lane)
+                    length = T.cast(K, "float32")
+                    put(norm, call("float32", "bc_reciprocal_rms", summed, length, inverse, eps))
+                do("bc_meet", meeting)
+            do("bc_meet", meeting)
+            bits = variable(most[T.min(lane, warps - 1)], "int32")
+            put(bits, call("int32", "__reduce_max_sync", T.uint32(0xFFFFFFFF), bits[0]))
+            _, kept = row_scale(bits[0])
+            factors = [
+                variable(call("float32", "__fdiv_rn", scale[0], kept), "float32")
+                for scale in scales
+            ]
+            do("bc_meet", meeting)
+            with when(mine):
 
-        def add_up() -> None:
-            """Add the tile's sums to the block's."""
-            sum_ = lane_row(acc, ids.lane)
-            with when(c < 2):
-                do("bc_add_shared", at(room, sums + slot[0] * TILE_ROWS + c * 8 + g), sum_)
-            clear()
+                def product(row: Expr, factor: Buffer) -> Expr:
+                    whole = T.cast(room[sums + row], "float32")
+                    return variable(whole * factor[0], "float32")[0]
 
-        clear()
-        first = call("uint32", "bc_shared", at(room, row_at + T.floordiv(ids.lane, 8) * 4))
-        operand = variable(first + T.cast(column[0] * UNIT_COLUMNS, "uint32"), "uint32")
-        slot_of = variable(T.int32(0), "int32")
-        with rolled(left) as unit:
-            do(f"bc_copy_wait_but<{AHEAD - 1}>")
-            do("bc_load_shared_unit", at(four_words, 0),
-               ring + T.cast(slot_of[0] * (UNIT_WORDS * 4), "uint32"))  # fmt: skip
-            do("bc_load_token", at(b, 0), operand[0])
-            put(operand, operand[0] + T.uint32(UNIT_COLUMNS))
-            dot_unit(acc, b, four_words, 0)
-            put(column, column[0] + 1)
-            with when(T.Or(column[0] == units, unit + 1 == left)):
-                add_up()
-            with when(column[0] == units):
-                put(column, T.int32(0))
-                put(slot, slot[0] + 1)
-                put(operand, operand[0] - T.cast(units * UNIT_COLUMNS, "uint32"))
-            load(unit + AHEAD, slot_of[0])
-            put(slot_of, slot_of[0] + 1)
-            with when(slot_of[0] == AHEAD):
-                put(slot_of, T.int32(0))
-        barrier()
+                result = variable(product(own, factors[0]), "float32")
+                if gate:
+                    put(result, gated(activation, result[0], product(rows + own, factors[1])))
+                with when(has_bias != 0):
+                    put(result, result[0] + bias[n])
+                with when(has_residual != 0):
+                    put(result, result[0] + call("float32", "bc_from_bits", old[0], type_y))
+                do("bc_store", y.data, long(n), result[0], type_y)
 
-        with when(ends):
-
-            def product(row: Expr, factor: Expr) -> Expr:
-                whole = room[sums + row] - total[0]
-                return variable(T.cast(whole, "float32") * factor, "float32")[0]
-
-            result = variable(product(own, factors[0][0]), "float32")
-            if gate:
-                put(result, gated(activation, result[0], product(rows + own, factors[1][0])))
-            with when(has_bias != 0):
-                put(result, result[0] + bias[n])
-            with when(has_residual != 0):
-                put(result, result[0] + call("float32", "bc_from_bits", old[0], type_y))
-            do("bc_store", y.data, long(n), result[0], type_y)
-
-    return device_kernel(name, PARAMETERS, THREADS, body)
+    return device_kernel(name, PARAMETERS, threads(share), body)

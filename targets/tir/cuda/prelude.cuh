@@ -171,7 +171,6 @@ BC_INLINE void bc_load_int4(int* out, const void* p, int64_t byte) {
 /* ---- shared memory --------------------------------------------------------------------------- */
 
 BC_INLINE void bc_add_shared(int* p, int v) { atomicAdd(p, v); }
-BC_INLINE void bc_load_shared2(float* out, const float* p) { *(float2*)out = *(const float2*)p; }
 BC_INLINE void bc_load_shared4(float* out, const float* p) { *(float4*)out = *(const float4*)p; }
 BC_INLINE void bc_store_shared4(float* p, const float* v) { *(float4*)p = *(const float4*)v; }
 BC_INLINE uint bc_shared(const void* p) { return (uint)__cvta_generic_to_shared(p); }
@@ -181,6 +180,33 @@ BC_INLINE void bc_load_shared8(int* out, uint address) {
   asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[4]), "=r"(out[5]), "=r"(out[6]), "=r"(out[7])
                : "r"(address + 16) : "memory");
+}
+
+/* A barrier of the block's first threads. */
+BC_INLINE void bc_meet(int threads) { asm volatile("barrier.sync 1, %0;" ::"r"(threads) : "memory"); }
+BC_INLINE void bc_store_shared(uint address, int v) {
+  asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+BC_INLINE void bc_store_squares(uint address, const float* v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v[0] * v[0]),
+               "f"(v[1] * v[1]), "f"(v[2] * v[2]), "f"(v[3] * v[3]) : "memory");
+}
+BC_INLINE void bc_add_at(uint address, int v) {
+  asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+/* A lane's four words of a unit, which stay as they are if it is not wanted. */
+BC_INLINE void bc_load_shared_unit_if(uint* out, uint address, int wanted) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n@p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+               : "+r"(out[0]), "+r"(out[1]), "+r"(out[2]), "+r"(out[3])
+               : "r"(address), "r"(wanted) : "memory");
+}
+/* A lane's two of each of COUNT steps of 64 values; volatile, or they move to where they are used. */
+template <int COUNT>
+BC_INLINE void bc_load_steps(float* out, uint address) {
+#pragma unroll
+  for (int j = 0; j < COUNT; j++)
+    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(out[2 * j]), "=f"(out[2 * j + 1]) : "r"(address + j * 256) : "memory");
 }
 
 /* A unit of one token as operand B, the same in every column: word 2 t + i of lane l is word
@@ -211,12 +237,51 @@ BC_INLINE void bc_load_unit(uint* out, uint64_t address, int wanted) {
       : "l"(address), "r"(wanted) : "memory");
 }
 
-/* The same into shared memory, 16 bytes a lane. */
-BC_INLINE void bc_copy_unit(uint to, uint64_t address, int wanted) {
+/* Weights on their way to shared memory: a barrier of each copy tells, once, when they have landed. */
+BC_INLINE void bc_landing(void* barrier) {
+  int arrivals = 32;
+#if __CUDA_ARCH__ >= 900
+  arrivals = 1;
+#endif
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"((uint)__cvta_generic_to_shared(barrier)),
+               "r"(arrivals) : "memory");
+}
+BC_INLINE void bc_landing_fence() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+/* By a whole warp; `bytes`: a multiple of 16. */
+BC_INLINE void bc_fetch(void* to, const void* from, int64_t byte, int bytes, void* barrier, int lane) {
+  uint landing = (uint)__cvta_generic_to_shared(barrier), target = (uint)__cvta_generic_to_shared(to);
+  const char* source = (const char*)from + byte;
+#if __CUDA_ARCH__ >= 900
+  if (lane) return;
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(landing), "r"(bytes)
+               : "memory");
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n"
-      "@p cp.async.cg.shared.global.L2::256B [%0], [%1], 16;\n}"
-      ::"r"(to), "l"(address), "r"(wanted) : "memory");
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          target), "l"(source), "r"(bytes), "r"(landing)
+      : "memory");
+#else
+  for (int at = lane * 16; at < bytes; at += 512)
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(target + at),
+                 "l"(source + at) : "memory");
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(landing) : "memory");
+#endif
+}
+BC_INLINE void bc_landed(void* barrier) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+#if __CUDA_ARCH__ >= 900
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
+#else
+      "mbarrier.test_wait.parity.shared.b64 done, [%0], 0;\n"
+#endif
+      "@!done bra again;\n}" ::"r"((uint)__cvta_generic_to_shared(barrier)) : "memory");
+}
+BC_INLINE void bc_load_constant4(float* out, const float* p, int i) {
+  *(float4*)out = *(const float4*)(p + i);
 }
 
 /* ---- arithmetic ------------------------------------------------------------------------------ */
@@ -268,6 +333,21 @@ BC_INLINE float bc_divide(float a, float b, float y) {
 }
 
 BC_INLINE float bc_ratio(float a, float b) { return bc_divide(a, b, __frcp_rn(b)); }
+
+/* fl(1 / fl(sqrt(fl(fl(total / K) + eps)))), inverse = fl(1 / K). Root and reciprocal are Newton steps
+ * from one approximation; the last leaves the reciprocal correctly rounded but for one mantissa, all
+ * ones (Markstein, ch. 8; compared for every mantissa on an H100). */
+BC_INLINE float bc_reciprocal_rms(float total, float K, float inverse, float eps) {
+  float mean = __fadd_rn(bc_divide(total, K, inverse), eps), r;
+  if (!(mean > 1e-20f && mean < 1e20f)) return __frcp_rn(__fsqrt_rn(mean));
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(mean));
+  float root = __fmul_rn(mean, r);
+  root = __fmaf_rn(__fmaf_rn(-root, root, mean), __fmul_rn(0.5f, r), root);
+  r = __fmaf_rn(__fmaf_rn(-root, r, 1.0f), r, r);
+  r = __fmaf_rn(__fmaf_rn(-root, r, 1.0f), r, r);
+  uint bits = __float_as_uint(root);
+  return (bits & 0x7fffff) == 0x7fffff ? __uint_as_float(0x7e800001 - (bits & 0x7f800000)) : r;
+}
 
 /* ---- tensor cores: 16 weights are a word of four 2-bit codes a byte -------------------------- */
 
@@ -338,14 +418,6 @@ BC_INLINE void bc_copy_async4(void* to, const void* from) {
 }
 BC_INLINE void bc_copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 BC_INLINE void bc_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N>
-BC_INLINE void bc_copy_wait_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-BC_INLINE void bc_load_shared_unit(uint* out, uint address) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(address) : "memory");
-}
 BC_INLINE void bc_copy_wait2() { asm volatile("cp.async.wait_group 2;" ::: "memory"); }
 
 /* ---- Hopper: bulk copies, barriers in shared memory, warpgroup products ---------------------- */
