@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -126,7 +127,7 @@ def head(isa: Isa, name: str, bits: int) -> Any:
                 isa, bits, table, scale, {"hi": hi, "lo": lo}, offset, s, y, B, chunks, ldy
             )
             with when(chosen):
-                in_powers(M, isa.head.rows, lambda m, size, made=made: made.rows(V, m, size))
+                in_powers(M, isa.head.rows, partial(made.rows, V))
 
     pointers = [("table", "uint8*"), ("scale", "float32*"), ("hi", "int8*"), ("lo", "int8*")]
     pointers += [("offset", "int32*"), ("s", "float32*"), ("y", "float32*")]
