@@ -29,6 +29,14 @@ from bitcompile.targets.tir.cuda.device import (
     variable,
     view,
 )
+from bitcompile.targets.tir.cuda.feed import (
+    HOPPER_THREADS,
+    OTHER_REGISTERS,
+    WORKER_REGISTERS,
+    WORKERS,
+    Feed,
+    Ring,
+)
 from bitcompile.targets.tir.cuda.rows import FLOAT, each
 from bitcompile.targets.tir.cuda.tile import (
     TILE_ROWS,
@@ -219,11 +227,6 @@ def gemm(name: str) -> Any:
 
 # --- wgmma ----------------------------------------------------------------------------------------
 
-WORKERS = 256
-"""Two warpgroups of 64 rows each; a warp of a third brings the operands."""
-HOPPER_THREADS = WORKERS + 128
-WORKER_REGISTERS, OTHER_REGISTERS = 240, 24
-"""Of a thread: the three warpgroups start with 168 each; the last gives up what the others take."""
 OUT_PITCH = 2 * ROWS + 16
 """Bytes between tokens of a finished tile of 16-bit values: no bank conflicts."""
 
@@ -297,21 +300,6 @@ BC_INLINE void bc_wgmma_{tokens}_wait(int* d, uint* a) {{
 """
 
 
-class Ring:
-    """Which stage comes next, and in which phase its barriers are."""
-
-    def __init__(self, stages: int) -> None:
-        self.stages = stages
-        self.slot, self.phase = (variable(T.int32(0), "int32") for _ in range(2))
-
-    def advance(self) -> None:
-        """To the next stage."""
-        put(self.slot, self.slot[0] + 1)
-        with when(self.slot[0] == self.stages):
-            put(self.slot, T.int32(0))
-            put(self.phase, T.bitwise_xor(self.phase[0], T.int32(1)))
-
-
 def wgmma(name: str, tile: Tile) -> Any:
     """``y = scaled(W q)``. Grid: as many blocks as work at once; ``blocks``: ceil(N / ROWS).
 
@@ -326,7 +314,7 @@ def wgmma(name: str, tile: Tile) -> Any:
              direct: Expr) -> None:  # fmt: skip
         room = dynamic()
         done = view(room, "float32")
-        full, free = shared(stages, "uint64"), shared(stages, "uint64")
+        feed = Feed(ids, stages, count, tile.stage)
         scale, ratio = shared(count, "float32"), shared(count, "float32")
         total = shared(count, "int32")
         base = variable(read("int32", "bc_to_kilobyte", at(room, 0)), "int32")[0]
@@ -337,29 +325,8 @@ def wgmma(name: str, tile: Tile) -> Any:
         grid = variable(read("int32", "bc_grid"), "int32")[0]
         work = blocks * T.floordiv(M + (count - 1), count)
         mine = variable(T.floordiv(work - ids.block_x + grid - 1, grid), "int32")[0]
-        with when(ids.thread == 0):
-            for i in range(stages):
-                do("bc_barrier_init", at(full, i), T.int32(1))
-                do("bc_barrier_init", at(free, i), T.int32(WORKERS // 32))
-            do("bc_barrier_fence")
-        barrier()
+        feed.open()
         do("bc_let_next_start")
-
-        def bring() -> None:
-            """The tokens, by one lane of the last warpgroup."""
-            ring = Ring(stages)
-            do("bc_wait_for_earlier")
-            with T.serial(mine) as number:
-                tile_of = variable(ids.block_x + number * grid, "int32")[0]
-                first = variable(T.floordiv(tile_of, blocks) * (count // TOKENS), "int32")[0]
-                with T.serial(units) as unit:
-                    slot = ring.slot[0]
-                    do("bc_barrier_wait", at(free, slot), T.bitwise_xor(ring.phase[0], T.int32(1)))
-                    do("bc_barrier_expect", at(full, slot), T.int32(tile.stage))
-                    start = (long(unit) * token_groups + first) * TOKEN_UNIT
-                    do("bc_copy_bulk", at(room, base + slot * tile.stage), q.data, start,
-                       T.int32(tile.stage), at(full, slot))  # fmt: skip
-                    ring.advance()
 
         def work_on() -> None:
             ring = Ring(stages)
@@ -402,7 +369,7 @@ def wgmma(name: str, tile: Tile) -> Any:
                 slots, operands = [], []
                 for _ in range(span):
                     slot = variable(ring.slot[0], "int32")[0]
-                    do("bc_barrier_wait", at(full, slot), ring.phase[0])
+                    do("bc_barrier_wait", at(feed.full, slot), ring.phase[0])
                     tokens = at(room, base + slot * tile.stage)
                     operands.append(variable(call("uint64", "bc_describe", tokens), "uint64")[0])
                     slots.append(slot)
@@ -419,7 +386,7 @@ def wgmma(name: str, tile: Tile) -> Any:
                     do(f"bc_wgmma_{count}_wait", at(acc, 0), at(a[n], 0))
                 with when(ids.lane == 0):
                     for slot in slots:
-                        do("bc_barrier_arrive", at(free, slot))
+                        do("bc_barrier_arrive", at(feed.free, slot))
 
             def load_next(i: int, unit: Expr) -> None:
                 """What comes next in a place: of this tile, or of the next."""
@@ -534,6 +501,6 @@ def wgmma(name: str, tile: Tile) -> Any:
             with T.Else():
                 do(f"bc_fewer_registers<{OTHER_REGISTERS}>")
                 with when(ids.thread == WORKERS):
-                    bring()
+                    feed.bring(q, room, base, mine, grid, blocks, units, token_groups)
 
     return device_kernel(name, PARAMETERS, HOPPER_THREADS, body)

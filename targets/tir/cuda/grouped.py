@@ -27,18 +27,21 @@ from bitcompile.targets.tir.cuda.device import (
     variable,
     view,
 )
-from bitcompile.targets.tir.cuda.gemm import (
+from bitcompile.targets.tir.cuda.feed import (
     HOPPER_THREADS,
     OTHER_REGISTERS,
+    WORKER_REGISTERS,
+    WORKERS,
+    Feed,
+    Ring,
+)
+from bitcompile.targets.tir.cuda.gemm import (
     PAD,
     ROW_TILES,
     ROWS,
     STAGE_BYTES,
     STAGES,
     TILE_TOKENS,
-    WORKER_REGISTERS,
-    WORKERS,
-    Ring,
 )
 from bitcompile.targets.tir.cuda.gemm import finish as store_tile
 from bitcompile.targets.tir.cuda.rows import FLOAT, each
@@ -367,7 +370,7 @@ def grouped_wgmma(name: str, columns: int) -> Any:
              has_bias: Expr, has_residual: Expr) -> None:  # fmt: skip
         room = dynamic()
         done = view(room, "float32")
-        full, free = shared(WGMMA_STAGES, "uint64"), shared(WGMMA_STAGES, "uint64")
+        feed = Feed(ids, WGMMA_STAGES, TILE_TOKENS, STAGE_BYTES)
         inverse = shared(TILE_TOKENS, "float32")
         base = variable(read("int32", "bc_to_kilobyte", at(room, 0)), "int32")[0]
         warp = variable(
@@ -378,29 +381,8 @@ def grouped_wgmma(name: str, columns: int) -> Any:
         blocks = variable(T.floordiv(N + (ROWS - 1), ROWS), "int32")[0]
         work = blocks * T.floordiv(M + (TILE_TOKENS - 1), TILE_TOKENS)
         mine = variable(T.floordiv(work - ids.block_x + grid - 1, grid), "int32")[0]
-        with when(ids.thread == 0):
-            for i in range(WGMMA_STAGES):
-                do("bc_barrier_init", at(full, i), T.int32(1))
-                do("bc_barrier_init", at(free, i), T.int32(WORKERS // 32))
-            do("bc_barrier_fence")
-        barrier()
+        feed.open()
         do("bc_let_next_start")
-
-        def bring() -> None:
-            """The tokens, by one lane of the last warpgroup."""
-            ring = Ring(WGMMA_STAGES)
-            do("bc_wait_for_earlier")
-            with T.serial(mine) as number:
-                place = variable(ids.block_x + number * grid, "int32")[0]
-                first = variable(T.floordiv(place, blocks) * (TILE_TOKENS // TOKENS), "int32")[0]
-                with T.serial(units) as unit:
-                    slot = ring.slot[0]
-                    do("bc_barrier_wait", at(free, slot), T.bitwise_xor(ring.phase[0], T.int32(1)))
-                    do("bc_barrier_expect", at(full, slot), T.int32(STAGE_BYTES))
-                    start = (long(unit) * token_groups + first) * TOKEN_UNIT
-                    do("bc_copy_bulk", at(room, base + slot * STAGE_BYTES), q.data, start,
-                       T.int32(STAGE_BYTES), at(full, slot))  # fmt: skip
-                    ring.advance()
 
         def work_on() -> None:
             ring = Ring(WGMMA_STAGES)
@@ -442,7 +424,7 @@ def grouped_wgmma(name: str, columns: int) -> Any:
                     put(a, signed, t * 4 + f)
                 load(place, unit + WGMMA_AHEAD)
                 slot = variable(ring.slot[0], "int32")[0]
-                do("bc_barrier_wait", at(full, slot), ring.phase[0])
+                do("bc_barrier_wait", at(feed.full, slot), ring.phase[0])
                 tokens = at(room, base + slot * STAGE_BYTES)
                 operand = variable(call("uint64", "bc_describe", tokens), "uint64")[0]
                 ring.advance()
@@ -453,7 +435,7 @@ def grouped_wgmma(name: str, columns: int) -> Any:
                     do(f"bc_wgmma_{TILE_TOKENS}_wait", at(acc, 0), at(a, 0))
                     if last:
                         with when(ids.lane == 0):
-                            do("bc_barrier_arrive", at(free, slot))
+                            do("bc_barrier_arrive", at(feed.free, slot))
                     put(block, block[0] + columns // 16)
                     with when(T.And(block[0] == group_blocks, group[0] < groups)):
                         finish_group()
@@ -513,6 +495,6 @@ def grouped_wgmma(name: str, columns: int) -> Any:
             with T.Else():
                 do(f"bc_fewer_registers<{OTHER_REGISTERS}>")
                 with when(ids.thread == WORKERS):
-                    bring()
+                    feed.bring(q, room, base, mine, grid, blocks, units, token_groups)
 
     return device_kernel(name, PARAMETERS, HOPPER_THREADS, body)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from bitcompile.targets.tir.cuda import decode, fused, gemm, gemv, grouped, head, roof, rows
+from bitcompile.targets.tir.cuda import decode, feed, fused, gemm, gemv, grouped, head, roof, rows
 from bitcompile.targets.tir.cuda.device import source
 from bitcompile.targets.tir.cuda.tile import TILE_ROWS
 
@@ -76,7 +76,7 @@ SIZES = {
     "BC_GEMM_PAD": gemm.PAD,
     "BC_GEMM_THREADS": gemm.THREADS,
     "BC_GEMM_STAGES": gemm.STAGES,
-    "BC_WGMMA_THREADS": gemm.HOPPER_THREADS,
+    "BC_WGMMA_THREADS": feed.HOPPER_THREADS,
     "BC_GROUPED_WARPS": grouped.WARPS,
     "BC_GROUPED_GROUP": 4 * (grouped.RESULTS + TILE_ROWS),
     "BC_GROUPED_MANY_THREADS": grouped.MANY_THREADS,
@@ -114,7 +114,7 @@ def kernel_source(arch: str) -> str:
 
 
 def _tile(tile: gemm.Tile) -> tuple[str | int, ...]:
-    return tile.name.upper(), tile.tokens, gemm.HOPPER_THREADS, tile.shared
+    return tile.name.upper(), tile.tokens, feed.HOPPER_THREADS, tile.shared
 
 
 def header() -> str:
