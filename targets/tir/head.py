@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -121,13 +120,8 @@ def head(isa: Isa, name: str, bits: int) -> Any:
 
     def body(table: Buffer, scale: Buffer, hi: Buffer, lo: Buffer, offset: Buffer, s: Buffer,
              y: Buffer, V: Expr, M: Expr, B: Expr, per_block: Expr, ldy: Expr) -> None:  # fmt: skip
-        usual = BLOCK // (CHUNK * _parts(bits))
-        for chunks, chosen in ((usual, per_block == usual), (per_block, per_block != usual)):
-            made = _Head(
-                isa, bits, table, scale, {"hi": hi, "lo": lo}, offset, s, y, B, chunks, ldy
-            )
-            with when(chosen):
-                in_powers(M, isa.head.rows, partial(made.rows, V))
+        made = _Head(isa, bits, table, scale, {"hi": hi, "lo": lo}, offset, s, y, B, per_block, ldy)
+        in_powers(M, isa.head.rows, lambda m, size: made.rows(V, m, size))
 
     pointers = [("table", "uint8*"), ("scale", "float32*"), ("hi", "int8*"), ("lo", "int8*")]
     pointers += [("offset", "int32*"), ("s", "float32*"), ("y", "float32*")]
@@ -160,6 +154,16 @@ class _Head:
 
     def rows(self, V: Expr, m: Expr, size: int) -> None:
         """The whole table times ``size`` activation rows from ``m`` on."""
+        if self.bits == 4 and size > 1:  # unrolled, its sums would not fit the registers
+            self._walk(V, m, size)
+            return
+        usual = BLOCK // (CHUNK * _parts(self.bits))
+        with when(self.per_block == usual):
+            replace(self, per_block=usual)._walk(V, m, size)
+        with when(self.per_block != usual):
+            self._walk(V, m, size)
+
+    def _walk(self, V: Expr, m: Expr, size: int) -> None:
         # A single row is bound by memory, which gives more to one stream than to several.
         wide = self.isa.head.table_rows if size > 1 else 1
         with T.serial(T.floordiv(V, wide)) as several:
