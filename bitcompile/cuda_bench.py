@@ -8,12 +8,13 @@ there, as generators have it: choosing a token is not part of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from bitcompile import runtime
 from bitcompile.artifact import Artifact, Progress
-from bitcompile.cuda_decoder import DEVICE, CudaDecoder
+from bitcompile.cuda_decoder import DEVICE, CudaDecoder, Step
 from bitcompile.cuda_driver import Card
 from bitcompile.decoder import ELEMENTS, kv_bytes
 from bitcompile.errors import BitcompileError, ToolchainError
@@ -42,7 +43,8 @@ def measure(
     runtime.session_options(artifact.path)  # these two fail early and clearly
     runtime.providers(artifact)
     card = Card()
-    read = _reader(artifact)
+    with _clearly(artifact):
+        read = _reader(artifact)
     progress("loading")
     before = card.used_bytes()
     model = _Model(artifact, sizes, threads)
@@ -74,44 +76,53 @@ class _Model:
         self.kv_cache_bytes = caches * kv_bytes(
             artifact.manifest["language"], longest, artifact.activations
         )
+        self.graph = True
         try:
-            self._prepare(longest, graph=True)
-        except Exception:  # of onnxruntime: a graph holds no node that runs on the CPU
-            self._prepare_without_graph(longest)
-
-    def _prepare_without_graph(self, longest: int) -> None:
-        try:
-            self._prepare(longest, graph=False)
+            self.prefill, self.decode = self._prepare(longest)
         except BitcompileError:
             raise
-        except Exception as error:  # onnxruntime's exceptions have no common base of their own
-            raise ToolchainError(
-                f"the GPU cannot run {self._artifact.path} ({runtime.one_line(error)}): if it is "
-                "out of memory, ask for fewer tokens or sequences"
-            ) from error
+        except Exception:  # of onnxruntime: a graph holds no node that runs on the CPU
+            self.graph = False
+        if not self.graph:  # here, where nothing holds the memory of the attempt
+            with _clearly(artifact):
+                self.prefill, self.decode = self._prepare(longest)
 
-    def _prepare(self, longest: int, graph: bool) -> None:
-        """Load it, fill its cache, and run everything that is measured."""
-        self.graph = graph
+    def _prepare(self, longest: int) -> tuple[Step, Step]:
+        """Load it, fill its cache, and run everything that is measured; the prompt and a step."""
         language, sizes = self._artifact.manifest["language"], self._sizes
         began = time.perf_counter()
         options = runtime.session_options(self._artifact.path, threads=self._threads)
         options.log_severity_level = 3  # it warns of every graph with a shape in it
-        providers = runtime.providers(self._artifact, enable_cuda_graph=str(int(graph)))
+        providers = runtime.providers(self._artifact, enable_cuda_graph=str(int(self.graph)))
         session = runtime.open_session(self._artifact.model, options, providers)
         self.load_s = time.perf_counter() - began
         single = CudaDecoder(session, language, longest)
         together = single
         if sizes["batch"] > 1:
             together = CudaDecoder(session, language, longest, sizes["batch"])
-        self.prefill = single.step(sizes["prefill"], 0)
+        prefill = single.step(sizes["prefill"], 0)
         past = sizes["context"] + sizes["decode"] // 2
-        self.decode = together.step(1, past, graph)
+        decode = together.step(1, past, self.graph)
         if past:
             together.step(past, 0)()
         for _ in range(WARM_UP_STEPS):
-            self.prefill()
-            self.decode()
+            prefill()
+            decode()
+        return prefill, decode
+
+
+@contextmanager
+def _clearly(artifact: Artifact) -> Iterator[None]:
+    """Raise what onnxruntime says as ToolchainError."""
+    try:
+        yield
+    except BitcompileError:
+        raise
+    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        raise ToolchainError(
+            f"the GPU cannot run {artifact.path} ({runtime.one_line(error)}): if it is out of "
+            "memory, ask for fewer tokens or sequences, or end what else runs there"
+        ) from error
 
 
 def _reader(artifact: Artifact) -> Callable[[], None]:

@@ -7,9 +7,13 @@ from typing import Any
 
 from bitcompile.errors import ToolchainError
 
+COMPUTE_CAPABILITY_MAJOR = 75
+"""Attribute of a device, of ``CUdevice_attribute``."""
+LEAST_MAJOR = 8
+
 
 class Card:
-    """The GPU; raises ToolchainError without a driver or a GPU."""
+    """The GPU; raises ToolchainError without a driver or a GPU, or for one that is too old."""
 
     def __init__(self) -> None:
         try:
@@ -18,19 +22,25 @@ class Card:
             raise ToolchainError(
                 "no NVIDIA driver (libcuda.so.1) on this machine: install it"
             ) from None
-        device, context = ctypes.c_int(), ctypes.c_void_p()
+        self._device, major = ctypes.c_int(), ctypes.c_int()
         self._call("cuInit", 0)
-        self._call("cuDeviceGet", ctypes.byref(device), 0)
+        self._call("cuDeviceGet", ctypes.byref(self._device), 0)
         text = ctypes.create_string_buffer(256)
-        self._call("cuDeviceGetName", text, len(text), device)
+        self._call("cuDeviceGetName", text, len(text), self._device)
         self.name = text.value.decode("utf-8", "replace")
-        # The context that onnxruntime shares, so that it is not counted as the artifact's.
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-        self._call("cuCtxSetCurrent", context)
+        attribute = COMPUTE_CAPABILITY_MAJOR
+        self._call("cuDeviceGetAttribute", ctypes.byref(major), attribute, self._device)
+        if major.value < LEAST_MAJOR:
+            raise ToolchainError(
+                f"{self.name} is too old: take a GPU of compute capability {LEAST_MAJOR}.0 or newer"
+            )
 
     def used_bytes(self) -> int:
         """Memory of the GPU in use, by whomever."""
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        context, free, total = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+        # The context that onnxruntime shares, so that it is not counted as the artifact's.
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
+        self._call("cuCtxSetCurrent", context)
         self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return total.value - free.value
 

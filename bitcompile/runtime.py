@@ -79,7 +79,10 @@ def providers(artifact: Artifact, plugin: bool = True, **options: str) -> list[A
     if name not in onnxruntime.get_available_providers():
         if not plugin and artifact.activations != "bfloat16":
             return [CPU]
-        remedy = ", load with plugin=False, or verify with --fallback" if plugin else ""
+        remedy = ""
+        if plugin:  # onnxruntime's CPU has no attention in bfloat16
+            alone = "" if artifact.activations == "bfloat16" else ", load with plugin=False"
+            remedy = f"{alone}, or verify with --fallback"
         raise ToolchainError(
             f"onnxruntime {onnxruntime.__version__} has no {name} here: install onnxruntime-gpu in "
             f"its place ({GPU_PACKAGES}){remedy}"

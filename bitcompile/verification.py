@@ -38,8 +38,10 @@ from bitcompile.packing import layout
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-ROWS = 9
-"""Rows of a batch: more than the largest decode batch (8), so that both schedules are run."""
+BATCHES = (9, 1)
+"""Rows that an operator is run with: more than the largest decode batch (8), and a single one."""
+GPU_BATCHES = (300, 9, 5, 1)
+"""The same where a GPU has kernels for many tokens, for 16, for 8 and for one."""
 CHUNK = 4096
 """Weight rows the reference unpacks at a time (float64 rows would fill the memory else)."""
 FALLBACK_LIMIT = 2_000_000_000
@@ -256,6 +258,9 @@ def _check_node(artifact: Artifact, model: ir.Model, node: ir.Node, plugin: bool
     op = OPS[node.op_type]
     attributes = op.complete({name: a.value for name, a in node.attributes.items()})
     narrow = artifact.activations if plugin else "float32"  # functions take any type
+    on_gpu = plugin and artifact.manifest["target"]["device"] in PROVIDERS
+    # A head has one kernel there, and its reference is slow.
+    batches = GPU_BATCHES if on_gpu and op.name != "HeadLinear" else BATCHES
     constants = {
         name: _array(value.const_value)
         for name, value in op.named(node.inputs).items()
@@ -263,7 +268,7 @@ def _check_node(artifact: Artifact, model: ir.Model, node: ir.Node, plugin: bool
     }
     try:
         feeds = {
-            i.name: _residual(attributes) if i.name == "residual" else _activations(attributes)
+            i.name: (_residual if i.name == "residual" else _activations)(attributes, sum(batches))
             for i in op.inputs
             if i.name not in constants
         }
@@ -278,8 +283,12 @@ def _check_node(artifact: Artifact, model: ir.Model, node: ir.Node, plugin: bool
         expected = _rounded(expected, narrow)
     session = _node_session(artifact, model, node, op, plugin)
     try:
+        ends = np.cumsum(batches)
         measured = np.concatenate(
-            [_run(session, feeds, slice(ROWS)), _run(session, feeds, slice(ROWS, ROWS + 1))]
+            [
+                _run(session, feeds, slice(end - rows, end))
+                for rows, end in zip(batches, ends, strict=True)
+            ]
         )
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         raise VerificationError(
@@ -296,27 +305,24 @@ def _rounded(x: F32, activations: str) -> F32:
         return x.astype(np.dtype(activations)).astype(np.float32)
 
 
-def _activations(attributes: Mapping[str, Attribute]) -> F32:
-    """Float32 ``[ROWS + 1, K]``: random rows of several magnitudes, one of NaN, one of zeros.
-
-    The first ROWS are run as one batch, the last alone.
-    """
+def _activations(attributes: Mapping[str, Attribute], rows: int) -> F32:
+    """Float32 ``[rows, K]``: random rows of several magnitudes, one of NaN, one of zeros."""
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((ROWS + 1, int(attributes["K"]))).astype(np.float32)
-    x *= np.float32(10.0) ** rng.integers(-3, 4, (ROWS + 1, 1)).astype(np.float32)
+    x = rng.standard_normal((rows, int(attributes["K"]))).astype(np.float32)
+    x *= np.float32(10.0) ** rng.integers(-3, 4, (rows, 1)).astype(np.float32)
     x[2] = np.nan
     x[5] = 0
     return x
 
 
-def _residual(attributes: Mapping[str, Attribute]) -> F32:
-    """Float32 ``[ROWS + 1, N]``: every third row zero.
+def _residual(attributes: Mapping[str, Attribute], rows: int) -> F32:
+    """Float32 ``[rows, N]``: every third row zero.
 
     In those rows equal bits mean equal int32 accumulators: neighbouring ones differ by more than
     the rounding of their product with the scale.
     """
     rng = np.random.default_rng(1)
-    residual = rng.standard_normal((ROWS + 1, int(attributes["N"]))).astype(np.float32)
+    residual = rng.standard_normal((rows, int(attributes["N"]))).astype(np.float32)
     residual[::3] = 0
     return residual
 

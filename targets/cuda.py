@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from bitcompile.cuda_driver import Card
+from bitcompile.errors import ToolchainError
 from bitcompile.packing import CUDA_TILE
 from bitcompile.target import Kernel, Target
 from bitcompile.targets.toolchain import missing_build_tools
@@ -19,12 +21,10 @@ def _compile() -> tuple[Path, tuple[Kernel, ...]]:
 
 
 def _can_run_here() -> str | None:
-    import ctypes
-
     try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "needs an NVIDIA driver"
+        Card()
+    except ToolchainError as error:
+        return str(error)
     import onnxruntime
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():

@@ -4,10 +4,15 @@
 
 int cuInit(unsigned flags) { return (void)flags, 0; }
 int cuDeviceGetCount(int *count) { return *count = 1, 0; }
+int cuDeviceGet(int *device) { return *device = 0, 0; }
+int cuDeviceGetName(char *name) { return strcpy(name, "a stand-in"), 0; }
+#ifndef COMPUTE_CAPABILITY
+#define COMPUTE_CAPABILITY 8
+#endif
 enum { PROCESSORS = 16, MAJOR = 75, MINOR = 76, SHARED = 97, SHARED_BYTES = 166912 };
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
   *value = attribute == PROCESSORS ? 108
-           : attribute == MAJOR    ? 8
+           : attribute == MAJOR    ? COMPUTE_CAPABILITY
            : attribute == SHARED   ? SHARED_BYTES
                                    : 0;
   return (void)device, 0;

@@ -162,6 +162,9 @@ def test_without_a_driver_the_error_names_the_remedy(artifact: Artifact) -> None
         pytest.skip("this machine has a driver")
     with pytest.raises(ToolchainError, match=r"libcuda\.so\.1.*--target native"):
         bitcompile.load(artifact.path)
+    for use in (verify, bench):
+        with pytest.raises(ToolchainError, match="verify with --fallback"):
+            use(artifact)
 
 
 def test_without_the_plugin_it_runs_on_a_cpu(artifact: Artifact, tmp_path: Path) -> None:
@@ -184,11 +187,6 @@ def test_without_the_plugin_it_runs_on_a_cpu(artifact: Artifact, tmp_path: Path)
 def test_its_functions_are_verified_and_its_plugin_is_not(artifact: Artifact) -> None:
     report = verify(artifact, plugin=False)
     assert all(node.exact for node in report.nodes)
-    if TARGETS["cuda"].can_run_here() is None:
-        pytest.skip("this machine has a GPU")
-    for use in (verify, bench):
-        with pytest.raises(ToolchainError, match="verify with --fallback"):
-            use(artifact)
 
 
 def test_a_gpu_has_no_variants_and_no_operator_times(artifact: Artifact) -> None:
@@ -231,6 +229,15 @@ def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     zig = [sys.executable, "-m", "ziglang", "cc", "-shared", "-fPIC"]
     subprocess.run([*zig, "-o", folder / "libcuda.so.1", FAKE], check=True)
     return folder
+
+
+def test_an_old_gpu_does_not_run_it(fake_driver: Path, tmp_path: Path) -> None:
+    """A build there verifies by the functions, as on a machine without a GPU."""
+    zig = [sys.executable, "-m", "ziglang", "cc", "-shared", "-fPIC", "-DCOMPUTE_CAPABILITY=7"]
+    subprocess.run([*zig, "-o", tmp_path / "libcuda.so.1", FAKE], check=True)
+    script = "from bitcompile.targets import TARGETS; print(TARGETS['cuda'].can_run_here())"
+    assert "a stand-in is too old" in with_driver(tmp_path, script)
+    assert "onnxruntime-gpu" in with_driver(fake_driver, script)
 
 
 def with_driver(folder: Path, script: str, *arguments: object) -> str:

@@ -53,6 +53,14 @@ def test_every_variant_is_bit_exact(artifact: Artifact) -> None:
         assert all(node.exact for node in report.nodes)
 
 
+def test_batches_of_a_gpu_are_bit_exact(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many rows as a GPU has kernels for, here by those of the CPU."""
+    monkeypatch.setattr(verification, "BATCHES", verification.GPU_BATCHES)
+    assert all(node.exact for node in verify(artifact).nodes)
+
+
 def test_an_unknown_variant_is_refused(artifact: Artifact) -> None:
     with pytest.raises(ToolchainError, match="cannot load the plugin"):
         verify(artifact, isa="z80")

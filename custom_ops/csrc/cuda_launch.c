@@ -88,7 +88,7 @@ static const char *load_driver(void) {
            "--target native, load with plugin=False, or verify with --fallback";
 #define FIND(name, parameters)                  \
   *(void **)&cuda.name = dlsym(library, #name); \
-  if (!cuda.name) return "the NVIDIA driver lacks " #name ": install driver 550 or newer";
+  if (!cuda.name) return "the NVIDIA driver lacks " #name ": install driver 580 or newer";
   DRIVER(FIND)
   if ((result = cuda.cuInit(0)) || (result = cuda.cuDeviceGetCount(&cuda.count)))
     return bc_cuda_error(result);
@@ -167,6 +167,9 @@ const bc_gpu *bc_cuda_gpu(const char **error) {
   return *error ? NULL : &cuda.gpu[device];
 }
 
+/* Whether a job may overlap the kernel before. PTX is of version 8, whose code waits for nobody. */
+static int overlaps(const bc_gpu *gpu, int early) { return early && gpu->image->major >= 9; }
+
 static int launch(const bc_gpu *gpu, void *stream, int kernel, int64_t x, int64_t y, int threads,
                   int64_t shared, void **arguments, int early) {
   Attribute overlap = {.id = OVERLAP, .value.on = 1};
@@ -175,7 +178,7 @@ static int launch(const bc_gpu *gpu, void *stream, int kernel, int64_t x, int64_
                    .shared = (unsigned)shared,
                    .stream = stream,
                    .attributes = &overlap,
-                   .attribute_count = early && gpu->major >= 9};
+                   .attribute_count = (unsigned)overlaps(gpu, early)};
   return cuda.cuLaunchKernelEx(&config, gpu->kernel[kernel], arguments, NULL);
 }
 
@@ -187,17 +190,16 @@ static int32_t least(int64_t a, int64_t b) { return (int32_t)(a < b ? a : b); }
 static int32_t units_of(const bc_linear *job) { return (int32_t)ceil_div(job->K, UNIT_COLUMNS); }
 static int32_t pairs_of(const bc_linear *job) { return job->gate_out >= 0 ? 2 : 1; }
 
-/* Row tiles of a block, for few tokens. Where kernels overlap, few blocks are best, all the more
- * with long float32 rows, which every block reads: three for five multiprocessors, and half of that
- * (measured on an H100). Else one for each. */
+/* Row tiles of a block, for 2 to 16 tokens: one block for each multiprocessor, or, where kernels
+ * overlap, the shares that were best for single tokens on an H100 before these had kernels of their
+ * own; not measured again. */
 static int32_t step_of(const bc_gpu *gpu, const bc_linear *job) {
   if (job->step) return job->step;
   int64_t tiles = ceil_div(job->N, TILE_ROWS), most = MOST_STEP / pairs_of(job);
   int64_t blocks = gpu->processors;
-  int early = job->early && gpu->major >= 9;
-  if (early)
+  if (overlaps(gpu, job->early))
     blocks = job->gate_out >= 0 ? blocks * 5 / 3 : blocks * 5 / (job->type_x == FLOAT ? 16 : 8);
-  return least(ceil_div(tiles, blocks), most);
+  return least(ceil_div(tiles, blocks ? blocks : 1), most);
 }
 
 static int64_t decode_shared(const bc_gpu *gpu, const bc_linear *job, int tokens) {
@@ -362,7 +364,7 @@ static int gemv(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tok
                     .type_y = job->type_y,
                     .has_bias = job->bias != NULL,
                     .has_residual = job->residual != NULL};
-  int kernel = kernels[job->early && gpu->major >= 9][job->bias || job->residual];
+  int kernel = kernels[overlaps(gpu, job->early)][job->bias || job->residual];
   return launch(gpu, stream, kernel, ceil_div(job->N, TILE_ROWS), 1, (warps + 1) * 32,
                 gemv_shared(job), (void *[])BC_GEMV_ARGS(a), job->early);
 }

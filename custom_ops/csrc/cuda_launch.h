@@ -45,7 +45,7 @@ typedef struct bc_linear {
   /* To compare: 0 leaves the choice here. With groups, tile 1 is for few tokens, and split leaves
    * out Hopper's own kernel. */
   int32_t step;  /* row tiles of a block, with few tokens */
-  int32_t tile;  /* number in BC_TILES or BC_GEMVS, from 1; BC_MMA_TILE: mma.sync */
+  int32_t tile;  /* number in BC_TILES, from 1; BC_MMA_TILE: mma.sync */
   int32_t split; /* one token: norm and product in kernels of their own */
 } bc_linear;
 

@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from bitcompile import numerics
+from bitcompile.custom_ops.head_linear import BLOCK
 from bitcompile.targets.tir.dsl import (
     Buffer,
     Expr,
@@ -30,8 +31,6 @@ from bitcompile.targets.tir.rows import add_lanes, quantized, row_magnitude, row
 
 CHUNK = 64
 """Table bytes of one step; an int32 lane covers 4 of them (``numerics.HEAD_LANES``)."""
-BLOCK = 128
-"""Weights under one scale as the passes write them; other blocks run the same steps in a loop."""
 SPLIT = 128
 """Activations are ``128 * hi + lo``, both int8, where the instruction set multiplies bytes."""
 HALVES = ("hi", "lo")
@@ -157,7 +156,7 @@ class _Head:
         if self.bits == 4 and size > 1:  # unrolled, its sums would not fit the registers
             self._walk(V, m, size)
             return
-        usual = BLOCK // (CHUNK * _parts(self.bits))
+        usual = BLOCK // (CHUNK * _parts(self.bits))  # other blocks run the same steps in a loop
         with when(self.per_block == usual):
             replace(self, per_block=usual)._walk(V, m, size)
         with when(self.per_block != usual):
