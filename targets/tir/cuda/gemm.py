@@ -10,8 +10,10 @@ by a cluster of blocks were tried on an H100: no faster, and slower.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bitcompile.targets.tir.cuda.device import (
@@ -37,7 +39,7 @@ from bitcompile.targets.tir.cuda.feed import (
     Feed,
     Ring,
 )
-from bitcompile.targets.tir.cuda.rows import FLOAT, each
+from bitcompile.targets.tir.cuda.rows import BFLOAT16, FLOAT, FLOAT16, each
 from bitcompile.targets.tir.cuda.tile import (
     TILE_ROWS,
     TOKEN_UNIT,
@@ -88,10 +90,14 @@ class Tokens:
 
 def finish(ids: Ids, done: Buffer, offset: Expr, first_n: Expr, first_m: Expr, tokens: int,
            threads: int, residual: Buffer, y: Buffer, M: Expr, N: Expr, type_y: Expr,
-           has_residual: Expr) -> None:  # fmt: skip
-    """Store a tile of results ``[tokens, ROWS + PAD]``, four rows a thread at a time."""
+           has_residual: Expr, rows: int = ROWS,
+           scaled: Callable[[Buffer, Expr, Expr], None] | None = None) -> None:  # fmt: skip
+    """Store a tile of results ``[tokens, rows + PAD]``, four rows a thread at a time.
+
+    ``scaled(values, token, n)`` makes results of four values of a token, those from row n on.
+    """
     values, old = local(4, "float32"), local(4, "float32")
-    quads = ROWS // 4
+    quads = rows // 4
 
     def store(i: Expr) -> None:
         token, n = T.floordiv(i, quads), first_n + (i % quads) * 4
@@ -101,8 +107,10 @@ def finish(ids: Ids, done: Buffer, offset: Expr, first_n: Expr, first_m: Expr, t
             do(
                 "bc_load_shared4",
                 at(values, 0),
-                at(done, offset + token * (ROWS + PAD) + i % quads * 4),
+                at(done, offset + token * (rows + PAD) + i % quads * 4),
             )
+            if scaled:
+                scaled(values, token, n)
             with when(N % 4 == 0):
                 with when(has_residual != 0):
                     do("bc_load4", at(old, 0), residual.data, to, type_y)
@@ -227,21 +235,25 @@ def gemm(name: str) -> Any:
 
 # --- wgmma ----------------------------------------------------------------------------------------
 
-OUT_PITCH = 2 * ROWS + 16
-"""Bytes between tokens of a finished tile of 16-bit values: no bank conflicts."""
+GROUP_ROWS, GROUP_THREADS = ROWS // 2, WORKERS // 2
+"""Of one of the two warpgroups."""
+PART = 64
+"""Tokens of a tile that leave together."""
+OUT_PITCH = 2 * GROUP_ROWS + 16
+"""Bytes between tokens of finished 16-bit values: no bank conflicts."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a block of ``wgmma`` makes at a time: ROWS rows by ``tokens``, a multiple of 32."""
+    """What a block of ``wgmma`` makes at a time: ROWS rows by ``tokens``, a multiple of 16."""
 
     tokens: int
     stages: int
     """Units of tokens under way or in use."""
-    span: int
-    """Units that a warpgroup multiplies in one turn: small products are not worth one each."""
+    span: int = 1
+    """Units that a warpgroup multiplies in one step: small products are not worth one each."""
     ahead: int = 4
-    """Units of weights that a warp has under way, an even number."""
+    """Units of weights that a warp has under way, a multiple of two steps."""
 
     @property
     def name(self) -> str:
@@ -255,18 +267,18 @@ class Tile:
 
     @property
     def shared(self) -> int:
-        """Bytes of dynamic shared memory: to align, stages, the finished tile.
+        """Bytes of dynamic shared memory: to align, stages, two finished parts a warpgroup.
 
-        Of a tile that is not of 16-bit values, half is in there at a time, in float32.
+        Of float32 values, one part is in there at a time.
         """
-        return 1024 + self.stages * self.stage + self.tokens * OUT_PITCH
+        return 1024 + self.stages * self.stage + 2 * 2 * PART * OUT_PITCH
 
 
 def wgmma_source(tokens: int) -> str:
     """Products of 64 rows, ``tokens`` tokens and 128 columns.
 
-    ``bc_wgmma_N`` starts them, all but the last part as one group; before it may come
-    ``bc_wgmma_N_more``. ``bc_wgmma_N_wait`` ends all.
+    ``bc_wgmma_N`` starts them, added to ``d`` if ``keep``; ``last`` ends what ends as one step.
+    ``bc_wgmma_N_wait`` ends all.
     """
     n = tokens // 2
     results = ", ".join(f'"+r"(d[{i}])' for i in range(n))
@@ -276,23 +288,18 @@ def wgmma_source(tokens: int) -> str:
         a = ", ".join(f"%{n + 4 * t + i}" for i in range(4))
         products.append(
             f'"wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.s8.s8 {{{names}}}, {{{a}}}, '
-            f'%{n + 16 + t}, p;\\n"'
+            f'%{n + 16 + t}, {"q" if t else "p"};\\n"'
         )
     weights = ", ".join(f'"r"(a[{i}])' for i in range(16))
     tiles = ", ".join(f'"l"(b + {2 * t})' for t in range(4))  # 32 bytes, in units of 16
     kept = ", ".join(f'"+r"(a[{i}])' for i in range(16))
-    commit = '"wgmma.commit_group.sync.aligned;\\n"'
-    texts = {"": [*products[:3], commit, products[3], commit], "_more": products}
-    functions = "".join(
-        f"""
-BC_INLINE void bc_wgmma_{tokens}{suffix}(int* d, const uint* a, uint64_t b) {{
-  asm volatile("{{\\n.reg .pred p;\\nsetp.eq.u32 p, 0, 0;\\nwgmma.fence.sync.aligned;\\n"
-    {" ".join(text)} "}}" : {results} : {weights}, {tiles} : "memory");
-}}"""
-        for suffix, text in texts.items()
-    )
     return f"""
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL){functions}
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+BC_INLINE void bc_wgmma_{tokens}(int* d, const uint* a, uint64_t b, int keep) {{
+  asm volatile("{{\\n.reg .pred p, q;\\nsetp.ne.s32 p, %{n + 20}, 0;\\nsetp.eq.u32 q, 0, 0;\\n"
+    "wgmma.fence.sync.aligned;\\n"
+    {" ".join(products)} "}}" : {results} : {weights}, {tiles}, "r"(keep) : "memory");
+}}
 BC_INLINE void bc_wgmma_{tokens}_wait(int* d, uint* a) {{
   asm volatile("wgmma.wait_group.sync.aligned 0;" : {results}, {kept} :: "memory");
 }}
@@ -303,8 +310,9 @@ BC_INLINE void bc_wgmma_{tokens}_wait(int* d, uint* a) {{
 def wgmma(name: str, tile: Tile) -> Any:
     """``y = scaled(W q)``. Grid: as many blocks as work at once; ``blocks``: ceil(N / ROWS).
 
-    A warpgroup unpacks the weights of a unit while the tensor cores work for the other. With
-    ``direct``, 16-bit results of rows that share a scale leave by bulk copies.
+    A warpgroup unpacks the weights of a step while the tensor cores work for the one before, and
+    for the other warpgroup. With ``direct``, results leave by a shorter way where rows share a
+    scale: no bias, N a multiple of 8, aligned memory, K below 2**15, and 16 bits with a residual.
     """
     stages, count = tile.stages, tile.tokens
 
@@ -315,13 +323,12 @@ def wgmma(name: str, tile: Tile) -> Any:
         room = dynamic()
         done = view(room, "float32")
         feed = Feed(ids, stages, count, tile.stage)
-        scale, ratio = shared(count, "float32"), shared(count, "float32")
-        total = shared(count, "int32")
+        scale = shared(2 * count, "float32")
+        pairs = shared(2 * count * 2, "float32")  # totals (as bits) and ratios of two tokens each
         base = variable(read("int32", "bc_to_kilobyte", at(room, 0)), "int32")[0]
         warp = variable(
             call("int32", "__shfl_sync", T.uint32(0xFFFFFFFF), ids.warp, T.int32(0)), "int32"
         )[0]
-        out = base + stages * tile.stage
         grid = variable(read("int32", "bc_grid"), "int32")[0]
         work = blocks * T.floordiv(M + (count - 1), count)
         mine = variable(T.floordiv(work - ids.block_x + grid - 1, grid), "int32")[0]
@@ -329,64 +336,32 @@ def wgmma(name: str, tile: Tile) -> Any:
         do("bc_let_next_start")
 
         def work_on() -> None:
-            ring = Ring(stages)
+            ring, behind = Ring(stages), Ring(stages)
             acc = local(count // 2, "int32")
             held = local(4 * tile.ahead, "uint32")
-            a = [local(16, "uint32") for _ in range(tile.span)]
+            a = [[local(16, "uint32") for _ in range(tile.span)] for _ in range(2)]
             group = T.shift_right(warp, 2)
-            row = warp * TILE_ROWS  # in the block
+            own = Ids(ids.block_x, ids.block_y, ids.thread % GROUP_THREADS)
+            row = warp % 4 * TILE_ROWS  # in the warpgroup's
             g, c = T.floordiv(ids.lane, 4), ids.lane % 4
+            out = variable(base + stages * tile.stage + group * (2 * PART * OUT_PITCH), "int32")[0]
+            block, column = (variable(T.int32(0), "int32") for _ in range(2))
 
-            def weights_of(number: Expr) -> Expr:
-                """Where a tile's weights begin for this lane."""
-                first = (ids.block_x + number * grid) % blocks * ROW_TILES + warp
-                word = long(T.min(first, tiles - 1)) * units * UNIT_WORDS + ids.lane * 4
+            def go(number: Expr) -> Expr:
+                """To a tile of this block; where its weights begin for this lane."""
+                place = variable(ids.block_x + number * grid, "int32")[0]
+                put(block, place % blocks)
+                put(column, T.floordiv(place, blocks))
+                first = T.min(block[0] * ROW_TILES + warp, tiles - 1)
+                word = long(first) * units * UNIT_WORDS + ids.lane * 4
                 return call("uint64", "bc_pointer", at(w, word))
 
-            address = variable(weights_of(T.int32(0)), "uint64")
+            address = variable(go(T.int32(0)), "uint64")
             following = variable(address[0], "uint64")
 
             def load(place: int, unit: Expr, from_: Expr) -> None:
                 byte = T.cast(unit, "uint64") * T.uint64(UNIT_WORDS * 4)
                 do("bc_load_unit", at(held, place * 4), from_ + byte, T.int32(1))
-
-            for i in range(tile.ahead):
-                load(i, T.min(i, units - 1), address[0])
-            do("bc_wait_for_earlier")
-            with when(group == 1):
-                do("bc_pass_turn", group)
-
-            def multiply(first: int, unit: Expr, span: int) -> None:
-                """The product of some units; the other warpgroup unpacks meanwhile."""
-                for n in range(span):
-                    for t in range(4):
-                        for f in range(4):
-                            word = held[(first + n) * 4 + t]
-                            codes = T.bitwise_and(
-                                T.shift_right(word, T.uint32(2 * f)), T.uint32(0x03030303)
-                            )
-                            put(a[n], codes, t * 4 + f)
-                slots, operands = [], []
-                for _ in range(span):
-                    slot = variable(ring.slot[0], "int32")[0]
-                    do("bc_barrier_wait", at(feed.full, slot), ring.phase[0])
-                    tokens = at(room, base + slot * tile.stage)
-                    operands.append(variable(call("uint64", "bc_describe", tokens), "uint64")[0])
-                    slots.append(slot)
-                    ring.advance()
-                do("bc_take_turn", group)
-                for n in range(span):
-                    suffix = "_more" if n + 1 < span else ""
-                    do(f"bc_wgmma_{count}{suffix}", at(acc, 0), at(a[n], 0), operands[n])
-                for n in range(span):
-                    load_next(first + n, unit + n)
-                do("bc_wgmma_wait_last")
-                do("bc_pass_turn", group)
-                for n in range(span):
-                    do(f"bc_wgmma_{count}_wait", at(acc, 0), at(a[n], 0))
-                with when(ids.lane == 0):
-                    for slot in slots:
-                        do("bc_barrier_arrive", at(feed.free, slot))
 
             def load_next(i: int, unit: Expr) -> None:
                 """What comes next in a place: of this tile, or of the next."""
@@ -394,105 +369,216 @@ def wgmma(name: str, tile: Tile) -> Any:
                 from_ = T.if_then_else(inside, address[0], following[0])
                 load(i, T.if_then_else(inside, unit + tile.ahead, T.min(i, units - 1)), from_)
 
+            def release(count: int) -> None:
+                """The first stages that this warp has not left yet."""
+                for _ in range(count):
+                    with when(ids.lane == 0):
+                        do("bc_barrier_arrive", at(feed.free, behind.slot[0]))
+                    behind.advance()
+
+            for i in range(tile.ahead):
+                load(i, T.min(i, units - 1), address[0])
+            do("bc_wait_for_earlier")
+
+            def start(now: list[Buffer], first: int, unit: Expr) -> None:
+                """The product of as many units as ``now`` holds, which stay there to its end."""
+                for n, codes in enumerate(now):
+                    for t, f in itertools.product(range(4), range(4)):
+                        word = T.shift_right(held[(first + n) * 4 + t], T.uint32(2 * f))
+                        put(codes, T.bitwise_and(word, T.uint32(0x03030303)), t * 4 + f)
+                operands = []
+                for _ in now:
+                    slot = variable(ring.slot[0], "int32")[0]
+                    do("bc_barrier_wait", at(feed.full, slot), ring.phase[0])
+                    tokens = at(room, base + slot * tile.stage)
+                    operands.append(variable(call("uint64", "bc_describe", tokens), "uint64")[0])
+                    ring.advance()
+                for n, codes in enumerate(now):
+                    do(f"bc_wgmma_{count}", at(acc, 0), at(codes, 0), operands[n], unit + n)
+                do("bc_wgmma_commit")
+                for n in range(len(now)):
+                    load_next(first + n, unit + n)
+
+            def end_all() -> None:
+                """Of the products; the stages that they read are free."""
+                do(f"bc_wgmma_{count}_wait", at(acc, 0), at(a[0][0], 0))
+                for one in (*a[0], *a[1]):
+                    do("bc_keep", at(one, 0))
+                for _ in range(tile.span):
+                    with when(behind.slot[0] != ring.slot[0]):
+                        release(1)
+
+            values, four = local(4, "float32"), local(4, "uint32")
+            narrow_room, narrow_pieces = PART * OUT_PITCH, GROUP_THREADS // 8
+            wide_part, wide_pitch = PART // 2, 4 * (GROUP_ROWS + PAD)
+            wide_pieces = GROUP_THREADS // 16
+            piece8, token8 = own.thread % 8, T.floordiv(own.thread, 8)
+            piece16, token16 = own.thread % 16, T.floordiv(own.thread, 16)
+
+            def address_in(byte: Expr) -> Expr:
+                """Of a byte of the warpgroup's rooms in shared memory."""
+                return read("uint32", "bc_shared", at(room, out + byte))
+
+            def result(i: int, e: int) -> Expr:
+                """Of a sum, with the ``values`` of its two tokens."""
+                total = call("int32", "__float_as_int", values[e])
+                return call("float32", "bc_small_float", acc[i + e] - total) * values[2 + e]
+
+            def load_pair(octet: int) -> None:
+                pair = group * (2 * count) + octet * 16 + c * 4
+                do("bc_load_shared4", at(values, 0), at(pairs, pair))
+
+            def fetch(first_n: Expr, first_m: Expr, part: int) -> None:
+                """What is added to a part of the results, to their room."""
+                to, n = address_in(token8 * OUT_PITCH + piece8 * 16), first_n + piece8 * 8
+                for i in range(0, min(PART, count - part * PART), narrow_pieces):
+                    m = first_m + part * PART + i + token8
+                    place = to + T.uint32(part % 2 * narrow_room + i * OUT_PITCH)
+                    wanted = T.cast(T.And(m < M, n < N), "int32")
+                    byte = (long(m) * N + n) * 2
+                    do("bc_copy_async16_if", place, residual.data, byte, wanted)
+
+            def leave_narrow(first_n: Expr, first_m: Expr, type_: int, extra: bool) -> None:
+                """16-bit results, a part after the other by turns of two rooms."""
+                lane_token = ids.lane % 8 + T.floordiv(ids.lane, 16) * 8
+                lane_row = row + T.floordiv(ids.lane, 8) % 2 * 8
+                to = address_in(lane_token * OUT_PITCH + lane_row * 2)
+                from_, n = address_in(token8 * OUT_PITCH + piece8 * 16), first_n + piece8 * 8
+                parts = range(-(-count // PART))
+                for part in parts:
+                    tokens = min(PART, count - part * PART)
+                    if extra:
+                        do("bc_copy_wait")
+                        do("bc_group", group)
+                    for j in range(0, tokens, 16):
+                        place = to + T.uint32(part % 2 * narrow_room + j * OUT_PITCH)
+                        if extra:
+                            do("bc_load_matrix4_turned", at(four, 0), place)
+                        for i in range(4):
+                            half, octet = i % 2, (part * PART + j) // 8 + i // 2
+                            if not half:
+                                load_pair(octet)
+                            two = [result(octet * 4 + half * 2, e) for e in range(2)]
+                            if extra:
+                                two = [
+                                    one + call("float32", "bc_widen_of", four[i], e, type_)
+                                    for e, one in enumerate(two)
+                                ]
+                            put(four, call("uint32", "bc_narrow2", *two, type_), i)
+                        do("bc_store_matrix4", place, at(four, 0))
+                    do("bc_group", group)
+                    if extra and part + 1 in parts:
+                        fetch(first_n, first_m, part + 1)
+                    for i in range(0, tokens, narrow_pieces):
+                        m = first_m + part * PART + i + token8
+                        place = from_ + T.uint32(part % 2 * narrow_room + i * OUT_PITCH)
+                        wanted = T.cast(T.And(m < M, n < N), "int32")
+                        do("bc_store_shared16_if", y.data, (long(m) * N + n) * 2, place, wanted)
+
+            def leave_wide(first_n: Expr, first_m: Expr) -> None:
+                """32-bit results likewise, in smaller parts."""
+                to = address_in(c * (2 * wide_pitch) + (row + g) * 4)
+                from_, n = address_in(token16 * wide_pitch + piece16 * 16), first_n + piece16 * 4
+                for part, first in enumerate(range(0, count, wide_part)):
+                    tokens, place = min(wide_part, count - first), part % 2 * wide_part * wide_pitch
+                    for j, half in itertools.product(range(tokens // 8), range(2)):
+                        if not half:
+                            load_pair(first // 8 + j)
+                        for e in range(2):
+                            one = result((first // 8 + j) * 4 + half * 2, e)
+                            do("bc_store_shared",
+                               to + T.uint32(place + (j * 8 + e) * wide_pitch + half * 32),
+                               call("int32", "__float_as_int", one))  # fmt: skip
+                    do("bc_group", group)
+                    for i in range(0, tokens, wide_pieces):
+                        m = first_m + first + i + token16
+                        wanted = T.cast(T.And(m < M, n < N), "int32")
+                        piece = from_ + T.uint32(place + i * wide_pitch)
+                        do("bc_store_shared16_if", y.data, (long(m) * N + n) * 4, piece, wanted)
+
+            def leave_slowly(first_n: Expr, first_m: Expr) -> None:
+                """Whatever results; who stores one makes it of its sum."""
+                begin = variable(T.floordiv(out, 4), "int32")[0]
+                to = address_in(c * (2 * wide_pitch) + (row + g) * 4)
+
+                def scaled(first: int, values: Buffer, token: Expr, n: Expr) -> None:
+                    own_scale = variable(scale[group * count + first + token], "float32")[0]
+                    inverse = variable(call("float32", "__frcp_rn", own_scale), "float32")[0]
+                    with T.unroll(4) as j, when(n + j < N):
+                        by = call("float32", "bc_divide", w_scale[n + j], own_scale, inverse)
+                        value = call("int32", "__float_as_int", values[j])
+                        put(values, T.cast(value, "float32") * by, j)
+                        with when(has_bias != 0):
+                            put(values, values[j] + bias[n + j], j)
+
+                for first in range(0, count, PART):
+                    tokens = min(PART, count - first)
+                    for j, half in itertools.product(range(tokens // 8), range(2)):
+                        if not half:
+                            load_pair(first // 8 + j)
+                        for e in range(2):
+                            total = call("int32", "__float_as_int", values[e])
+                            do("bc_store_shared",
+                               to + T.uint32((j * 8 + e) * wide_pitch + half * 32),
+                               acc[(first // 8 + j) * 4 + half * 2 + e] - total)  # fmt: skip
+                    do("bc_group", group)
+                    finish(own, done, begin, first_n, first_m + first, tokens, GROUP_THREADS,
+                           residual, y, M, N, type_y, has_residual, GROUP_ROWS,
+                           partial(scaled, first))  # fmt: skip
+                    do("bc_group", group)
+
             with T.serial(mine) as number:
-                place = variable(ids.block_x + number * grid, "int32")[0]
-                first_n = variable(place % blocks * ROWS, "int32")[0]
-                first_m = variable(T.floordiv(place, blocks) * count, "int32")[0]
-                own_scale = variable(T.float32(1), "float32")
-                own_total = variable(T.int32(0), "int32")
-                with when(ids.thread < count):
-                    m = T.min(first_m + ids.thread, M - 1)
-                    put(own_scale, read("float32", "bc_load", s.data, long(m), FLOAT))
-                    put(own_total, read("int32", "bc_load_int", qsum.data, long(m)))
-                common = variable(w_scale[first_n], "float32")[0]
-                other = variable(w_scale[T.min(first_n + ids.thread % ROWS, N - 1)], "float32")[0]
+                first_n = variable(block[0] * ROWS + group * GROUP_ROWS, "int32")[0]
+                first_m = variable(column[0] * count, "int32")[0]
+                times = -(-count // GROUP_THREADS)
+                own_scale, own_total = local(times, "float32"), local(times, "int32")
+                for i in range(times):
+                    m = T.min(first_m + i * GROUP_THREADS + own.thread, M - 1)
+                    put(own_scale, read("float32", "bc_load", s.data, long(m), FLOAT), i)
+                    put(own_total, read("int32", "bc_load_int", qsum.data, long(m)), i)
+                common = variable(w_scale[T.min(first_n, N - 1)], "float32")[0]
+                other = variable(
+                    w_scale[T.min(first_n + own.thread % GROUP_ROWS, N - 1)], "float32"
+                )[0]
                 with when(number + 1 < mine):
-                    put(following, weights_of(number + 1))
-                with T.unroll(count // 2) as i:
-                    put(acc, T.int32(0), i)
+                    put(following, go(number + 1))
                 rounds = variable(T.floordiv(units, tile.ahead), "int32")[0]
                 with T.serial(rounds) as turn:
                     for i in range(0, tile.ahead, tile.span):
-                        multiply(i, turn * tile.ahead + i, tile.span)
+                        now, before = a[i // tile.span % 2], a[i // tile.span % 2 - 1]
+                        start(now, i, turn * tile.ahead + i)
+                        do("bc_wgmma_wait_before")
+                        for one in before:
+                            do("bc_keep", at(one, 0))
+                        with when(turn * tile.ahead + i > 0):
+                            release(tile.span)
                 for i in range(tile.ahead - 1):
                     unit = rounds * tile.ahead + i
                     with when(unit < units):
-                        multiply(i, unit, 1)
+                        end_all()
+                        start(a[0][:1], i, unit)
                 put(address, following[0])
-
-                with when(ids.thread < count):
-                    put(scale, own_scale[0], ids.thread)
-                    put(total, own_total[0], ids.thread)
-                    put(ratio, call("float32", "__fdiv_rn", common, own_scale[0]), ids.thread)
-                do("bc_store_bulk_read")
-                alike = variable(
-                    read("int32", "bc_agree", T.cast(other == common, "int32")), "int32"
-                )
-                features = [
-                    Feature(first_n + row + half * 8 + g, N, w_scale, bias, has_bias)
-                    for half in range(2)
-                ]
-
-                def shared_scale(value: Expr, token: Expr, half: int) -> Expr:
-                    scaled = T.cast(value - total[token], "float32") * ratio[token]
-                    return features[half].result(scaled)
-
-                def own_ratio(value: Expr, token: Expr, half: int) -> Expr:
-                    by = call("float32", "bc_ratio", features[half].scale[0], scale[token])
-                    scaled = T.cast(value - total[token], "float32") * by
-                    return features[half].result(scaled)
-
-                with when(T.And(direct != 0, alike[0] != 0)):
-                    lane_token = ids.lane % 8 + T.floordiv(ids.lane, 16) * 8
-                    lane_row = row + T.floordiv(ids.lane, 8) % 2 * 8
-                    to = call(
-                        "uint32", "bc_shared", at(room, out + lane_token * OUT_PITCH + lane_row * 2)
-                    )
-                    place_of = variable(to, "uint32")[0]
-                    four = local(4, "uint32")
-                    for j in range(0, count // 8, 2):
-                        for i in range(4):
-                            half, column = i % 2, j + i // 2
-                            pair = [
-                                shared_scale(
-                                    acc[column * 4 + half * 2 + e], column * 8 + c * 2 + e, half
-                                )
-                                for e in range(2)
-                            ]
-                            put(four, call("uint32", "bc_narrow2", *pair, type_y), i)
-                        do("bc_store_matrix4", place_of + T.uint32(j * 8 * OUT_PITCH), at(four, 0))
-                    do("bc_proxy_fence")
-                    do("bc_workers")
-                    m = first_m + ids.thread
-                    with when(T.And(ids.thread < count, m < M)):
-                        size = T.min(N - first_n, ROWS) * 2
-                        do("bc_store_bulk", y.data, (long(m) * N + first_n) * 2,
-                           at(room, out + ids.thread * OUT_PITCH), size)  # fmt: skip
-                with when(T.Or(direct == 0, alike[0] == 0)):
-                    begin = variable(T.floordiv(out, 4), "int32")[0]
-                    part = count // 2
-
-                    def results(first: int, by: Callable[[Expr, Expr, int], Expr]) -> None:
-                        for half in range(2):
-                            to = variable(
-                                begin + c * (2 * (ROWS + PAD)) + row + half * 8 + g, "int32"
-                            )
-                            for j in range(part // 8):
-                                for e in range(2):
-                                    value = acc[(first // 8 + j) * 4 + half * 2 + e]
-                                    result = by(value, first + j * 8 + c * 2 + e, half)
-                                    put(done, result, to[0] + (j * 8 + e) * (ROWS + PAD))
-
-                    for first in (0, part):
-                        with when(alike[0] != 0):
-                            results(first, shared_scale)
-                        with when(alike[0] == 0):
-                            results(first, own_ratio)
-                        do("bc_workers")
-                        finish(ids, done, begin, first_n, first_m + first, part, WORKERS, residual,
-                               y, M, N, type_y, has_residual)  # fmt: skip
-                        do("bc_workers")
-            do("bc_store_bulk_wait")
+                for i in range(times):
+                    token = i * GROUP_THREADS + own.thread
+                    with when(token < count):
+                        pair = group * (2 * count) + T.floordiv(token, 2) * 4 + token % 2
+                        by = call("float32", "__fdiv_rn", common, own_scale[i])
+                        put(scale, own_scale[i], group * count + token)
+                        put(pairs, call("float32", "__int_as_float", own_total[i]), pair)
+                        put(pairs, by, pair + 2)
+                alike = read("int32", "bc_agree", group, T.cast(other == common, "int32"))
+                quick = variable(T.bitwise_and(alike, direct), "int32")
+                with when(T.And(quick[0] != 0, has_residual != 0)):
+                    fetch(first_n, first_m, 0)
+                end_all()
+                with when(quick[0] != 0):
+                    with when(type_y == FLOAT):
+                        leave_wide(first_n, first_m)
+                    for type_, extra in itertools.product((FLOAT16, BFLOAT16), (0, 1)):
+                        with when(T.And(type_y == type_, has_residual == extra)):
+                            leave_narrow(first_n, first_m, type_, bool(extra))
+                with when(quick[0] == 0):
+                    leave_slowly(first_n, first_m)
 
         with T.If(warp < WORKERS // 32):
             with T.Then():

@@ -25,11 +25,13 @@ class DeviceKernel:
 
 
 TILES = (
-    gemm.Tile(tokens=256, stages=4, span=1),
-    gemm.Tile(tokens=192, stages=6, span=1),
-    gemm.Tile(tokens=128, stages=8, span=2),
-    gemm.Tile(tokens=96, stages=10, span=2),
-    gemm.Tile(tokens=64, stages=12, span=2),
+    gemm.Tile(tokens=256, stages=5),
+    gemm.Tile(tokens=192, stages=7),
+    gemm.Tile(tokens=176, stages=7),
+    gemm.Tile(tokens=160, stages=8),
+    gemm.Tile(tokens=128, stages=10, span=2),
+    gemm.Tile(tokens=96, stages=12, span=2),
+    gemm.Tile(tokens=64, stages=16, span=2),
 )
 GEMVS = tuple(
     (f"bc_gemv{'_early' if early else ''}{'_extras' if extras else ''}", early, extras)
