@@ -3,17 +3,16 @@
 Two schedules read the same weights and activations. ``gemm``: ``mma.sync`` (sm_80 and later),
 tokens by asynchronous copies, weights from registers. ``wgmma`` (sm_90a): a block makes one tile
 after the other; one thread brings tokens by bulk copies, two warpgroups unpack weights into
-registers and multiply with tokens in shared memory by turns, and results leave while the next tile
-is made. Weights as int8 in shared memory, unpacked by these or a third warpgroup, and tokens shared
-by a cluster of blocks were tried on an H100: no faster, and slower.
+registers and multiply with tokens in shared memory, and results leave (:mod:`leave`). Tried on an
+H100: weights as int8 in shared memory, unpacked by these or a third warpgroup, warpgroups that
+multiply by turns, tiles of 256 rows by half the tokens (no faster), and tokens shared by a cluster
+of blocks (slower).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from bitcompile.targets.tir.cuda.device import (
@@ -39,7 +38,16 @@ from bitcompile.targets.tir.cuda.feed import (
     Feed,
     Ring,
 )
-from bitcompile.targets.tir.cuda.rows import BFLOAT16, FLOAT, FLOAT16, each
+from bitcompile.targets.tir.cuda.leave import (
+    GROUP_ROWS,
+    GROUP_THREADS,
+    LEAVING,
+    PAD,
+    ROWS,
+    Leaving,
+    store_tile,
+)
+from bitcompile.targets.tir.cuda.rows import FLOAT, each
 from bitcompile.targets.tir.cuda.tile import (
     TILE_ROWS,
     TOKEN_UNIT,
@@ -49,11 +57,7 @@ from bitcompile.targets.tir.cuda.tile import (
 )
 from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, when
 
-ROWS = 128
-"""Weight rows of a block."""
 ROW_TILES = ROWS // TILE_ROWS
-PAD = 4
-"""More floats than rows between tokens of the finished tile in shared memory: no bank conflicts."""
 
 PARAMETERS = [
     ("q", "uint8*"), ("s", "float32*"), ("qsum", "int32*"), ("w", "uint32*"),
@@ -86,44 +90,6 @@ class Tokens:
         """``fl(acc) * fl(weight / s)``, acc without the offset of the codes."""
         ratio = call("float32", "bc_divide", weight, self.scale[token], self.inverse[token])
         return T.cast(acc - self.total[token], "float32") * ratio
-
-
-def finish(ids: Ids, done: Buffer, offset: Expr, first_n: Expr, first_m: Expr, tokens: int,
-           threads: int, residual: Buffer, y: Buffer, M: Expr, N: Expr, type_y: Expr,
-           has_residual: Expr, rows: int = ROWS,
-           scaled: Callable[[Buffer, Expr, Expr], None] | None = None) -> None:  # fmt: skip
-    """Store a tile of results ``[tokens, rows + PAD]``, four rows a thread at a time.
-
-    ``scaled(values, token, n)`` makes results of four values of a token, those from row n on.
-    """
-    values, old = local(4, "float32"), local(4, "float32")
-    quads = rows // 4
-
-    def store(i: Expr) -> None:
-        token, n = T.floordiv(i, quads), first_n + (i % quads) * 4
-        m = first_m + token
-        with when(T.And(m < M, n < N)):
-            to = long(m) * N + n
-            do(
-                "bc_load_shared4",
-                at(values, 0),
-                at(done, offset + token * (rows + PAD) + i % quads * 4),
-            )
-            if scaled:
-                scaled(values, token, n)
-            with when(N % 4 == 0):
-                with when(has_residual != 0):
-                    do("bc_load4", at(old, 0), residual.data, to, type_y)
-                    for j in range(4):
-                        put(values, values[j] + old[j], j)
-                do("bc_store4", y.data, to, at(values, 0), type_y)
-            with when(N % 4 != 0), T.serial(4) as j, when(n + j < N):
-                with when(has_residual != 0):
-                    more = read("float32", "bc_load", residual.data, to + j, type_y)
-                    put(values, values[j] + more, j)
-                do("bc_store", y.data, to + j, values[j], type_y)
-
-    each(ids, T.int32(tokens * quads), store, threads)
 
 
 class Feature:
@@ -227,20 +193,13 @@ def gemm(name: str) -> Any:
                         scaled = tokens.scaled(value, token, feature.scale[0])
                         put(done, feature.result(scaled), token * (ROWS + PAD) + row)
         barrier()
-        finish(ids, done, T.int32(0), ids.block_x * ROWS, ids.block_y * TILE_TOKENS, TILE_TOKENS,
-               THREADS, residual, y, M, N, type_y, has_residual)  # fmt: skip
+        store_tile(ids, done, T.int32(0), ids.block_x * ROWS, ids.block_y * TILE_TOKENS,
+                   TILE_TOKENS, THREADS, residual, y, M, N, type_y, has_residual)  # fmt: skip
 
     return device_kernel(name, PARAMETERS, THREADS, body)
 
 
 # --- wgmma ----------------------------------------------------------------------------------------
-
-GROUP_ROWS, GROUP_THREADS = ROWS // 2, WORKERS // 2
-"""Of one of the two warpgroups."""
-PART = 64
-"""Tokens of a tile that leave together."""
-OUT_PITCH = 2 * GROUP_ROWS + 16
-"""Bytes between tokens of finished 16-bit values: no bank conflicts."""
 
 
 @dataclass(frozen=True)
@@ -267,18 +226,14 @@ class Tile:
 
     @property
     def shared(self) -> int:
-        """Bytes of dynamic shared memory: to align, stages, two finished parts a warpgroup.
-
-        Of float32 values, one part is in there at a time.
-        """
-        return 1024 + self.stages * self.stage + 2 * 2 * PART * OUT_PITCH
+        """Bytes of dynamic shared memory: to align, stages, what leaves."""
+        return 1024 + self.stages * self.stage + 2 * LEAVING
 
 
 def wgmma_source(tokens: int) -> str:
     """Products of 64 rows, ``tokens`` tokens and 128 columns.
 
-    ``bc_wgmma_N`` starts them, added to ``d`` if ``keep``; ``last`` ends what ends as one step.
-    ``bc_wgmma_N_wait`` ends all.
+    ``bc_wgmma_N`` starts them, added to ``d`` if ``keep``; ``bc_wgmma_N_wait`` ends all.
     """
     n = tokens // 2
     results = ", ".join(f'"+r"(d[{i}])' for i in range(n))
@@ -321,7 +276,6 @@ def wgmma(name: str, tile: Tile) -> Any:
              tiles: Expr, blocks: Expr, type_y: Expr, has_bias: Expr, has_residual: Expr,
              direct: Expr) -> None:  # fmt: skip
         room = dynamic()
-        done = view(room, "float32")
         feed = Feed(ids, stages, count, tile.stage)
         scale = shared(2 * count, "float32")
         pairs = shared(2 * count * 2, "float32")  # totals (as bits) and ratios of two tokens each
@@ -343,8 +297,7 @@ def wgmma(name: str, tile: Tile) -> Any:
             group = T.shift_right(warp, 2)
             own = Ids(ids.block_x, ids.block_y, ids.thread % GROUP_THREADS)
             row = warp % 4 * TILE_ROWS  # in the warpgroup's
-            g, c = T.floordiv(ids.lane, 4), ids.lane % 4
-            out = variable(base + stages * tile.stage + group * (2 * PART * OUT_PITCH), "int32")[0]
+            out = variable(base + stages * tile.stage + group * LEAVING, "int32")[0]
             block, column = (variable(T.int32(0), "int32") for _ in range(2))
 
             def go(number: Expr) -> Expr:
@@ -408,124 +361,10 @@ def wgmma(name: str, tile: Tile) -> Any:
                     with when(behind.slot[0] != ring.slot[0]):
                         release(1)
 
-            values, four = local(4, "float32"), local(4, "uint32")
-            narrow_room, narrow_pieces = PART * OUT_PITCH, GROUP_THREADS // 8
-            wide_part, wide_pitch = PART // 2, 4 * (GROUP_ROWS + PAD)
-            wide_pieces = GROUP_THREADS // 16
-            piece8, token8 = own.thread % 8, T.floordiv(own.thread, 8)
-            piece16, token16 = own.thread % 16, T.floordiv(own.thread, 16)
-
-            def address_in(byte: Expr) -> Expr:
-                """Of a byte of the warpgroup's rooms in shared memory."""
-                return read("uint32", "bc_shared", at(room, out + byte))
-
-            def result(i: int, e: int) -> Expr:
-                """Of a sum, with the ``values`` of its two tokens."""
-                total = call("int32", "__float_as_int", values[e])
-                return call("float32", "bc_small_float", acc[i + e] - total) * values[2 + e]
-
-            def load_pair(octet: int) -> None:
-                pair = group * (2 * count) + octet * 16 + c * 4
-                do("bc_load_shared4", at(values, 0), at(pairs, pair))
-
-            def fetch(first_n: Expr, first_m: Expr, part: int) -> None:
-                """What is added to a part of the results, to their room."""
-                to, n = address_in(token8 * OUT_PITCH + piece8 * 16), first_n + piece8 * 8
-                for i in range(0, min(PART, count - part * PART), narrow_pieces):
-                    m = first_m + part * PART + i + token8
-                    place = to + T.uint32(part % 2 * narrow_room + i * OUT_PITCH)
-                    wanted = T.cast(T.And(m < M, n < N), "int32")
-                    byte = (long(m) * N + n) * 2
-                    do("bc_copy_async16_if", place, residual.data, byte, wanted)
-
-            def leave_narrow(first_n: Expr, first_m: Expr, type_: int, extra: bool) -> None:
-                """16-bit results, a part after the other by turns of two rooms."""
-                lane_token = ids.lane % 8 + T.floordiv(ids.lane, 16) * 8
-                lane_row = row + T.floordiv(ids.lane, 8) % 2 * 8
-                to = address_in(lane_token * OUT_PITCH + lane_row * 2)
-                from_, n = address_in(token8 * OUT_PITCH + piece8 * 16), first_n + piece8 * 8
-                parts = range(-(-count // PART))
-                for part in parts:
-                    tokens = min(PART, count - part * PART)
-                    if extra:
-                        do("bc_copy_wait")
-                        do("bc_group", group)
-                    for j in range(0, tokens, 16):
-                        place = to + T.uint32(part % 2 * narrow_room + j * OUT_PITCH)
-                        if extra:
-                            do("bc_load_matrix4_turned", at(four, 0), place)
-                        for i in range(4):
-                            half, octet = i % 2, (part * PART + j) // 8 + i // 2
-                            if not half:
-                                load_pair(octet)
-                            two = [result(octet * 4 + half * 2, e) for e in range(2)]
-                            if extra:
-                                two = [
-                                    one + call("float32", "bc_widen_of", four[i], e, type_)
-                                    for e, one in enumerate(two)
-                                ]
-                            put(four, call("uint32", "bc_narrow2", *two, type_), i)
-                        do("bc_store_matrix4", place, at(four, 0))
-                    do("bc_group", group)
-                    if extra and part + 1 in parts:
-                        fetch(first_n, first_m, part + 1)
-                    for i in range(0, tokens, narrow_pieces):
-                        m = first_m + part * PART + i + token8
-                        place = from_ + T.uint32(part % 2 * narrow_room + i * OUT_PITCH)
-                        wanted = T.cast(T.And(m < M, n < N), "int32")
-                        do("bc_store_shared16_if", y.data, (long(m) * N + n) * 2, place, wanted)
-
-            def leave_wide(first_n: Expr, first_m: Expr) -> None:
-                """32-bit results likewise, in smaller parts."""
-                to = address_in(c * (2 * wide_pitch) + (row + g) * 4)
-                from_, n = address_in(token16 * wide_pitch + piece16 * 16), first_n + piece16 * 4
-                for part, first in enumerate(range(0, count, wide_part)):
-                    tokens, place = min(wide_part, count - first), part % 2 * wide_part * wide_pitch
-                    for j, half in itertools.product(range(tokens // 8), range(2)):
-                        if not half:
-                            load_pair(first // 8 + j)
-                        for e in range(2):
-                            one = result((first // 8 + j) * 4 + half * 2, e)
-                            do("bc_store_shared",
-                               to + T.uint32(place + (j * 8 + e) * wide_pitch + half * 32),
-                               call("int32", "__float_as_int", one))  # fmt: skip
-                    do("bc_group", group)
-                    for i in range(0, tokens, wide_pieces):
-                        m = first_m + first + i + token16
-                        wanted = T.cast(T.And(m < M, n < N), "int32")
-                        piece = from_ + T.uint32(place + i * wide_pitch)
-                        do("bc_store_shared16_if", y.data, (long(m) * N + n) * 4, piece, wanted)
-
-            def leave_slowly(first_n: Expr, first_m: Expr) -> None:
-                """Whatever results; who stores one makes it of its sum."""
-                begin = variable(T.floordiv(out, 4), "int32")[0]
-                to = address_in(c * (2 * wide_pitch) + (row + g) * 4)
-
-                def scaled(first: int, values: Buffer, token: Expr, n: Expr) -> None:
-                    own_scale = variable(scale[group * count + first + token], "float32")[0]
-                    inverse = variable(call("float32", "__frcp_rn", own_scale), "float32")[0]
-                    with T.unroll(4) as j, when(n + j < N):
-                        by = call("float32", "bc_divide", w_scale[n + j], own_scale, inverse)
-                        value = call("int32", "__float_as_int", values[j])
-                        put(values, T.cast(value, "float32") * by, j)
-                        with when(has_bias != 0):
-                            put(values, values[j] + bias[n + j], j)
-
-                for first in range(0, count, PART):
-                    tokens = min(PART, count - first)
-                    for j, half in itertools.product(range(tokens // 8), range(2)):
-                        if not half:
-                            load_pair(first // 8 + j)
-                        for e in range(2):
-                            total = call("int32", "__float_as_int", values[e])
-                            do("bc_store_shared",
-                               to + T.uint32((j * 8 + e) * wide_pitch + half * 32),
-                               acc[(first // 8 + j) * 4 + half * 2 + e] - total)  # fmt: skip
-                    do("bc_group", group)
-                    finish(own, done, begin, first_n, first_m + first, tokens, GROUP_THREADS,
-                           residual, y, M, N, type_y, has_residual, GROUP_ROWS,
-                           partial(scaled, first))  # fmt: skip
-                    do("bc_group", group)
+            leaving = Leaving(
+                own, row, room, out, acc, count, scale, pairs, group, w_scale, bias, residual, y,
+                M, N, type_y, has_bias, has_residual,
+            )  # fmt: skip
 
             with T.serial(mine) as number:
                 first_n = variable(block[0] * ROWS + group * GROUP_ROWS, "int32")[0]
@@ -569,16 +408,9 @@ def wgmma(name: str, tile: Tile) -> Any:
                 alike = read("int32", "bc_agree", group, T.cast(other == common, "int32"))
                 quick = variable(T.bitwise_and(alike, direct), "int32")
                 with when(T.And(quick[0] != 0, has_residual != 0)):
-                    fetch(first_n, first_m, 0)
+                    leaving.fetch(first_n, first_m, 0)
                 end_all()
-                with when(quick[0] != 0):
-                    with when(type_y == FLOAT):
-                        leave_wide(first_n, first_m)
-                    for type_, extra in itertools.product((FLOAT16, BFLOAT16), (0, 1)):
-                        with when(T.And(type_y == type_, has_residual == extra)):
-                            leave_narrow(first_n, first_m, type_, bool(extra))
-                with when(quick[0] == 0):
-                    leave_slowly(first_n, first_m)
+                leaving.go(first_n, first_m, quick[0])
 
         with T.If(warp < WORKERS // 32):
             with T.Then():

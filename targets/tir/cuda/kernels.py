@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from bitcompile.targets.tir.cuda import decode, feed, fused, gemm, gemv, grouped, head, roof, rows
+from bitcompile.targets.tir.cuda import (
+    decode,
+    feed,
+    fused,
+    gemm,
+    gemv,
+    grouped,
+    head,
+    leave,
+    roof,
+    rows,
+)
 from bitcompile.targets.tir.cuda.device import source
 from bitcompile.targets.tir.cuda.tile import TILE_ROWS
 
@@ -74,8 +85,8 @@ SIZES = {
     "BC_DECODE_WARPS": decode.WARPS,
     "BC_DECODE_IN_FLIGHT": decode.IN_FLIGHT,
     "BC_DECODE_ROW_PAD": decode.ROW_PAD,
-    "BC_GEMM_ROWS": gemm.ROWS,
-    "BC_GEMM_PAD": gemm.PAD,
+    "BC_GEMM_ROWS": leave.ROWS,
+    "BC_GEMM_PAD": leave.PAD,
     "BC_GEMM_THREADS": gemm.THREADS,
     "BC_GEMM_STAGES": gemm.STAGES,
     "BC_WGMMA_THREADS": feed.HOPPER_THREADS,

@@ -178,12 +178,15 @@ BC_INLINE void bc_add_shared(int* p, int v) { atomicAdd(p, v); }
 BC_INLINE void bc_load_shared4(float* out, const float* p) { *(float4*)out = *(const float4*)p; }
 BC_INLINE void bc_store_shared4(float* p, const float* v) { *(float4*)p = *(const float4*)v; }
 BC_INLINE uint bc_shared(const void* p) { return (uint)__cvta_generic_to_shared(p); }
-/* 16 bytes on their way from shared memory, if `wanted`: no branch, so that many are under way. */
-BC_INLINE void bc_store_shared16_if(void* to, int64_t byte, uint from, int wanted) {
+BC_INLINE void bc_load_shared16(uint* out, uint address) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(address) : "memory");
+}
+/* 16 bytes if `wanted`: no branch, so that many are under way. */
+BC_INLINE void bc_store16_if(void* to, int64_t byte, const uint* v, int wanted) {
   asm volatile(
-      "{\n.reg .pred p;\n.reg .b32 r<4>;\nsetp.ne.s32 p, %2, 0;\n"
-      "ld.shared.v4.b32 {r0, r1, r2, r3}, [%1];\n@p st.global.v4.b32 [%0], {r0, r1, r2, r3};\n}"
-      ::"l"((char*)to + byte), "r"(from), "r"(wanted) : "memory");
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n@p st.global.v4.u32 [%0], {%1, %2, %3, %4};\n}"
+      ::"l"((char*)to + byte), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(wanted) : "memory");
 }
 BC_INLINE void bc_load_shared8(int* out, uint address) {
   asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
@@ -344,8 +347,6 @@ BC_INLINE float bc_divide(float a, float b, float y) {
   q = __fmaf_rn(__fmaf_rn(-q, b, a), y, q);
   return __fmaf_rn(__fmaf_rn(-q, b, a), y, q);
 }
-
-BC_INLINE float bc_ratio(float a, float b) { return bc_divide(a, b, __frcp_rn(b)); }
 
 /* fl(1 / fl(sqrt(fl(fl(total / K) + eps)))), inverse = fl(1 / K). Root and reciprocal are Newton steps
  * from one approximation; the last leaves the reciprocal correctly rounded but for one mantissa, all
