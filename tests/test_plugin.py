@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import threading
 from pathlib import Path
@@ -50,6 +51,23 @@ def linear(
 def test_auto_layout_knows_the_cpus_of_the_variant_that_is_fast_with_t5() -> None:
     """The build reads Linux's names of features, the plugin the CPU itself."""
     assert x86.T5_NEEDS.issubset(machine.cpu_flags()) == runnable("avx512-vbmi")
+
+
+def test_mapped_weights_ask_for_huge_pages(tmp_path: Path) -> None:
+    """Linux marks their mapping "hg", where its kernel has huge pages at all."""
+    made = model("BitLinear", *linear(np.ones((4096, 2048), np.int8), 1.0))
+    file = tmp_path / "weights.data"
+    onnx.save_model(made, tmp_path / "model.onnx", save_as_external_data=True, location=file.name)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(plugin()))
+    kept = onnxruntime.InferenceSession(tmp_path / "model.onnx", options)
+    maps = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M)
+    flags = {
+        flag for text in maps if str(file) in text for flag in text.split("VmFlags:")[1].split()
+    }
+    del kept
+    assert "rd" in flags
+    assert ("hg" in flags) == Path("/sys/kernel/mm/transparent_hugepage").exists()
 
 
 @pytest.fixture(scope="module", params=ISAS)

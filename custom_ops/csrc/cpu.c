@@ -14,6 +14,7 @@ enum {
   GROUP_COLUMNS = 16, /* columns of a tile where weights have group scales */
   DECODE_ROWS = 8,    /* up to here a gemv, above a gemm */
   GATED_TILES = 32,   /* most tiles of gate rows, and of up rows, that a decode task multiplies */
+  FETCHED_LINES = 1 << 11, /* most weights that a waiting thread fetches: some of its L2 cache */
   ALIGN = 64,
 };
 
@@ -196,15 +197,14 @@ static void gemv_task(void *opaque, size_t i) {
          (int32_t)j->ldy);
 }
 
-/* Weights of a task, line by line. */
+/* Weights of a task and of those after it, line by line. */
 static const void *weights_ahead(const void *opaque, int64_t task, int64_t i) {
   const MatmulJob *j = opaque;
-  int64_t lines = j->step * j->KB, tile = task * j->step;
-  if (i >= lines) {
-    if (!j->glu || i >= 2 * lines) return NULL;
-    i -= lines;
-    tile += j->N / TILE_ROWS;
-  }
+  int64_t lines = j->step * j->KB, each = j->glu ? 2 * lines : lines;
+  int64_t tile = (task + i / each) * j->step, tiles = bc_ceil_div(j->N, TILE_ROWS);
+  if (i >= FETCHED_LINES || tile + j->step > tiles) return NULL;
+  i %= each;
+  if (i >= lines) i -= lines, tile += tiles;
   return j->w + (tile * j->KB + i) * TILE_BYTES;
 }
 
@@ -534,10 +534,32 @@ static BcStatus *open_cpu(const BcApi *api, const void **state) {
   return bc_cpu_open(api, getenv("BITCOMPILE_ISA"), state);
 }
 
+#ifdef __linux__
+/* Which the headers of a strict C11 hide. */
+int madvise(void *begin, size_t bytes, int advice);
+unsigned long getauxval(unsigned long type);
+enum { PAGE_SIZE = 6 /* AT_PAGESZ */, HUGE_PAGES = 14 /* MADV_HUGEPAGE */, HUGE = 1 << 21 };
+
+/* Weights are mapped files: asks for huge pages before they are first read, for a decode step reads
+ * all of them. Where the kernel or the file system has none, nothing changes. */
+static BcStatus *attach(Kernel *k) {
+  for (size_t i = 0; i < k->spec->inputs; i++) {
+    if (!(k->constant & k->spec->bytes_inputs & 1u << i)) continue;
+    size_t bytes = (size_t)bc_elements(&k->fixed[i]);
+    uintptr_t begin = (uintptr_t)k->fixed[i].data, before = begin % getauxval(PAGE_SIZE);
+    if (bytes >= HUGE) (void)madvise((void *)(begin - before), bytes + before, HUGE_PAGES);
+  }
+  return NULL;
+}
+#endif
+
 static const int types[] = {BC_FLOAT, 0};
 
 const Device bc_cpu_device = {
     .types = types,
     .open = open_cpu,
+#ifdef __linux__
+    .attach = attach,
+#endif
     .compute = {compute_linear, compute_linear, compute_bit_glu, compute_head_linear, compute_roof},
 };

@@ -403,45 +403,30 @@ static const Tile mma = {BC_GEMM, GEMM_TOKENS, BC_GEMM_THREADS, 0};
 static const Tile hopper[] = {BC_TILES};
 enum { TILES = sizeof hopper / sizeof *hopper };
 
-/* What a unit of a tile costs, about: 0.27 us and 2 ns a token (measured on an H100); and a tile
- * and a launch, in units. */
-enum { UNIT_COST = 135, TILE_COST = 4, LAUNCH_COST = 6 };
-
-static int64_t cost_of(const bc_gpu *gpu, const bc_linear *job, const Tile *h, int64_t M) {
-  int64_t tiles = ceil_div(job->N, BC_GEMM_ROWS) * ceil_div(M, h->tokens);
-  int64_t turns = ceil_div(tiles, gpu->processors);
-  return (turns * (units_of(job) + TILE_COST) + LAUNCH_COST) * (UNIT_COST + h->tokens);
+/* Times of a multiprocessor, measured on an H100, in quarters of a nanosecond: a unit of a tile's
+ * columns, bound by the products or by what starts them, and what a tile costs besides. */
+static int64_t unit_cost(int64_t tokens) {
+  int64_t products = 9 * tokens, starts = 860 + 3 * tokens;
+  return products > starts ? products : starts;
 }
+static int64_t tile_cost(int64_t tokens) { return 36 * tokens; }
 
-static const Tile *best_tile(const bc_gpu *gpu, const bc_linear *job, int64_t M, int64_t *cost) {
+/* The tile whose turns, each as many tiles as there are multiprocessors, end first. */
+static const Tile *choose_tile(const bc_gpu *gpu, const bc_linear *job) {
   const Tile *best = NULL;
-  for (int i = 0; i < TILES; i++) {
-    int64_t own = cost_of(gpu, job, &hopper[i], M);
-    if (best && own >= *cost) continue;
-    best = &hopper[i];
-    *cost = own;
-  }
-  return best;
-}
-
-/* Tiles for the first *M tokens of a product and for the rest: whole turns of large tiles leave the
- * multiprocessors together, and smaller ones share out what is left. */
-static const Tile *choose_tiles(const bc_gpu *gpu, const bc_linear *job, int64_t *M,
-                                const Tile **rest) {
-  int64_t least_cost, most = *M;
-  *rest = NULL;
+  int64_t least_cost = INT64_MAX;
   if (!gpu->kernel[hopper[0].kernel] || job->tile == BC_MMA_TILE) return &mma;
   if (job->tile > 0) return &hopper[job->tile - 1];
-  const Tile *best = best_tile(gpu, job, most, &least_cost), *first = &hopper[0];
-  int64_t blocks = ceil_div(job->N, BC_GEMM_ROWS), left_cost = 0;
-  int64_t turns = blocks * ceil_div(most, first->tokens) / gpu->processors;
-  int64_t whole = turns * gpu->processors / blocks * first->tokens;
-  if (!whole || whole >= most) return best;
-  const Tile *last = best_tile(gpu, job, most - whole, &left_cost);
-  if (cost_of(gpu, job, first, whole) + left_cost >= least_cost) return best;
-  *M = whole;
-  *rest = last;
-  return first;
+  for (int i = 0; i < TILES; i++) {
+    int64_t tokens = hopper[i].tokens;
+    int64_t tiles = ceil_div(job->N, BC_GEMM_ROWS) * ceil_div(job->M, tokens);
+    int64_t cost =
+        ceil_div(tiles, gpu->processors) * (units_of(job) * unit_cost(tokens) + tile_cost(tokens));
+    if (cost >= least_cost) continue;
+    best = &hopper[i];
+    least_cost = cost;
+  }
+  return best;
 }
 
 static int64_t gemm_shared(void) {
@@ -450,21 +435,20 @@ static int64_t gemm_shared(void) {
   return stages > finished ? stages : finished;
 }
 
-static int multiply_part(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from,
-                         const Tile *h, int64_t first, int64_t M) {
-  int64_t blocks = ceil_div(job->N, BC_GEMM_ROWS), columns = ceil_div(M, h->tokens);
-  int64_t results = first * job->N * (job->type_y == FLOAT ? 4 : 2);
-  const char *residual = job->residual;
+static int multiply(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from) {
+  const Tile *tile = choose_tile(gpu, job);
+  int64_t blocks = ceil_div(job->N, BC_GEMM_ROWS), columns = ceil_div(job->M, tile->tokens);
+  int plain = !job->residual || (job->type_y != FLOAT && aligned(job->residual));
   bc_gemm_args a = {
-      .q = from->q + first / TOKENS * TOKEN_UNIT,
-      .s = from->s + first,
-      .qsum = from->qsum + first,
+      .q = from->q,
+      .s = from->s,
+      .qsum = from->qsum,
       .w = job->w,
       .w_scale = job->w_scale,
       .bias = job->bias,
-      .residual = residual ? residual + results : NULL,
-      .y = (char *)job->y + results,
-      .M = (int32_t)M,
+      .residual = job->residual,
+      .y = job->y,
+      .M = job->M,
       .N = job->N,
       .units = units_of(job),
       .token_groups = from->groups,
@@ -472,21 +456,14 @@ static int multiply_part(const bc_gpu *gpu, void *stream, const bc_linear *job, 
       .blocks = (int32_t)blocks,
       .type_y = job->type_y,
       .has_bias = job->bias != NULL,
-      .has_residual = residual != NULL,
-      .direct = job->type_y != FLOAT && !residual && job->N % 8 == 0 && aligned(job->y)};
+      .has_residual = job->residual != NULL,
+      .direct = plain && !job->bias && job->N % 8 == 0 && aligned(job->y) && job->K < 1 << 15};
   void **arguments = (void *[])BC_GEMM_ARGS(a);
-  if (h == &mma)
-    return launch(gpu, stream, h->kernel, blocks, columns, h->threads, gemm_shared(), arguments,
-                  job->early);
-  return launch(gpu, stream, h->kernel, least(blocks * columns, gpu->processors), 1, h->threads,
-                h->shared, arguments, job->early);
-}
-
-static int multiply(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from) {
-  int64_t M = job->M;
-  const Tile *rest, *tile = choose_tiles(gpu, job, &M, &rest);
-  int result = multiply_part(gpu, stream, job, from, tile, 0, M);
-  return result || !rest ? result : multiply_part(gpu, stream, job, from, rest, M, job->M - M);
+  if (tile == &mma)
+    return launch(gpu, stream, tile->kernel, blocks, columns, tile->threads, gemm_shared(),
+                  arguments, job->early);
+  return launch(gpu, stream, tile->kernel, least(blocks * columns, gpu->processors), 1,
+                tile->threads, tile->shared, arguments, job->early);
 }
 
 /* Blocks of bc_grouped that take a multiprocessor as long as one tile of bc_grouped_many, or of

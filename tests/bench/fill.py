@@ -22,6 +22,8 @@ from bitcompile.custom_ops import OPS
 from bitcompile.opset import DOMAIN
 from bitcompile.packing import layout
 
+FLOATS = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.float16}
+
 
 def valid_bytes(id: str) -> np.ndarray[Any, Any]:
     """The bytes of a layout that hold no invalid code."""
@@ -51,9 +53,9 @@ def values(
         return valid[rng.integers(0, len(valid), shape, np.uint8)]
     if tensor.data_type == onnx.TensorProto.UINT8:
         return rng.integers(0, 256, shape, np.uint8)
-    if tensor.data_type == onnx.TensorProto.FLOAT:
-        return rng.uniform(0.01, 0.03, shape).astype(np.float32)
-    raise ValueError(f"{tensor.name} has data type {tensor.data_type}: fill knows float and uint8")
+    if tensor.data_type in FLOATS:
+        return rng.uniform(0.01, 0.03, shape).astype(FLOATS[tensor.data_type])
+    raise ValueError(f"{tensor.name} has data type {tensor.data_type}: fill knows floats and uint8")
 
 
 def fill(folder: Path, seed: int = 0) -> int:

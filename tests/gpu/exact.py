@@ -105,13 +105,17 @@ def same(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
         )
 
 
-def linear(launcher: Launcher, case: Case, norm: bool, extras: bool, **choice: int) -> None:
-    """BitLinear or NormBitLinear."""
+def linear(launcher: Launcher, case: Case, norm: bool, extras: bool, alike: bool = False,
+           **choice: int) -> None:  # fmt: skip
+    """BitLinear or NormBitLinear; ``alike``: rows share a scale and have no bias."""
     weight, scale, w, w_scale = case.weights(case.N, case.K)
+    if alike:
+        scale[:] = scale[0]
+        w_scale[:] = w_scale[0].clone()
     product = Linear(
         case.x, w, w_scale, (case.N, case.K), case.dtype,
         gamma=on_gpu(case.gamma) if norm else None,
-        bias=on_gpu(case.bias) if extras else None,
+        bias=on_gpu(case.bias) if extras and not alike else None,
         residual=case.residual if extras else None,
         **{"early": 1, **choice},
     )  # fmt: skip
@@ -122,8 +126,8 @@ def linear(launcher: Launcher, case: Case, norm: bool, extras: bool, **choice: i
     normed = numerics.rms_norm(x, case.gamma, 1e-5) if norm else x
     y = numerics.ternary_matmul(normed, weight, scale)
     if extras:
-        y = (y + case.bias) + case.wide(case.residual)
-    what = f"linear {case.M}x{case.N}x{case.K} {case.dtype} norm={norm} extras={extras} {choice}"
+        y = (y if alike else y + case.bias) + case.wide(case.residual)
+    what = f"linear {case.M}x{case.N}x{case.K} {case.dtype} {norm=} {extras=} {alike=} {choice}"
     assert product.y is not None
     if scratch.numel() > 1:
         groups = -(-case.M // 8) if case.M <= 16 else -(-case.M // 256) * 32
@@ -199,13 +203,16 @@ def head(launcher: Launcher, case: Case, bits: int) -> None:
     same(f"head {case.M}x{case.N}x{case.K} {case.dtype} {bits} bits", y, torch.from_numpy(expected))
 
 
-def large(launcher: Launcher, seed: int, N: int, K: int, M: int, **choice: int) -> None:
+def large(launcher: Launcher, seed: int, N: int, K: int, M: int, alike: bool = False,
+          **choice: int) -> None:  # fmt: skip
     """A product of a real model's size against an exact float32 product of integers."""
     torch.backends.cuda.matmul.allow_tf32 = False
     generator = torch.Generator("cuda").manual_seed(seed)
     w = random_weights(generator, N, K)
     x = torch.randn((M, K), device="cuda", generator=generator)
     w_scale = torch.rand((N, 1), device="cuda", generator=generator) + 0.1
+    if alike:
+        w_scale[:] = w_scale[0].clone()
     product = Linear(x, w, w_scale, (N, K), torch.float32, early=1, **choice)
     scratch = product.scratch(launcher)
     launcher.linear(product.job(), scratch)
@@ -213,7 +220,7 @@ def large(launcher: Launcher, seed: int, N: int, K: int, M: int, **choice: int) 
     acc = on_gpu(q).float() @ unpack(w, N, K).float().T
     expected = acc * (w_scale.reshape(1, -1) / on_gpu(s))
     assert product.y is not None
-    same(f"large {M}x{N}x{K} {choice}", product.y, expected)
+    same(f"large {M}x{N}x{K} {alike=} {choice}", product.y, expected)
 
 
 def large_grouped(launcher: Launcher, seed: int, N: int, K: int, M: int, group_size: int) -> None:
@@ -293,6 +300,8 @@ def products(seed: int, quick: bool) -> Iterator[Callable[[Launcher], None]]:
             yield partial(head, case=case, bits=8 >> number % 2)
         for tile in tiles if M > 16 else ():
             yield partial(linear, case=case, norm=True, extras=True, tile=tile)
+            for more in (False, True):
+                yield partial(linear, case=case, norm=True, extras=more, alike=True, tile=tile)
         if M == 1:
             for early, more in itertools.product((0, 1), (False, True)):
                 yield partial(linear, case=case, norm=True, extras=more, early=early, split=1)
@@ -302,12 +311,12 @@ def products(seed: int, quick: bool) -> Iterator[Callable[[Launcher], None]]:
     for N, K in ((2560, 2560), (3840, 2560), (13824, 2560), (2560, 6912)):
         for M in (1, 3, 16, 33, 512):
             for tile in (0, *tiles) if M > 16 else (0,):
-                yield partial(large, seed=seed + M, N=N, K=K, M=M, tile=tile)
+                yield partial(large, seed=seed + M, N=N, K=K, M=M, alike=M == 512, tile=tile)
     for group_size, M in ((32, 33), (64, 512), (128, 512), (256, 130)):
         yield partial(large_grouped, seed=seed, N=2560, K=6912, M=M, group_size=group_size)
     for group_size in (0, 16, 128):
         yield partial(huge, seed=seed, group_size=group_size)
-    yield partial(large, seed=seed, N=2560, K=2560, M=1700)  # tiles of two sizes
+    yield partial(large, seed=seed, N=2560, K=2560, M=1700)
     yield partial(large, seed=seed, N=512, K=9984, M=1)  # a row too long for the fused kernels
 
 

@@ -125,8 +125,8 @@ def ours(launcher: Launcher, linears: Sequence[Linear]) -> Timer:
     scratch = linears[0].scratch(launcher)
     first = linears[0].changed(quantised=False)
     launcher.linear(first.job(), scratch)  # leaves quantised rows for those that want them
-    jobs = [one.job() for one in linears]
-    return rotated([lambda job=job: launcher.linear(job, scratch) for job in jobs])
+    # Each holds its product's tensors: their memory would else be others' while the graph runs.
+    return rotated([lambda one=one: launcher.linear(one.job(), scratch) for one in linears])
 
 
 def read_floor(launcher: Launcher, weights: Weights) -> Timer:

@@ -35,15 +35,8 @@ from bitcompile.targets.tir.cuda.feed import (
     Feed,
     Ring,
 )
-from bitcompile.targets.tir.cuda.gemm import (
-    PAD,
-    ROW_TILES,
-    ROWS,
-    STAGE_BYTES,
-    STAGES,
-    TILE_TOKENS,
-)
-from bitcompile.targets.tir.cuda.gemm import finish as store_tile
+from bitcompile.targets.tir.cuda.gemm import ROW_TILES, STAGE_BYTES, STAGES, TILE_TOKENS
+from bitcompile.targets.tir.cuda.leave import PAD, ROWS, store_tile
 from bitcompile.targets.tir.cuda.rows import FLOAT, each
 from bitcompile.targets.tir.cuda.tile import (
     TILE_ROWS,

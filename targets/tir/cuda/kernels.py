@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from bitcompile.targets.tir.cuda import decode, feed, fused, gemm, gemv, grouped, head, roof, rows
+from bitcompile.targets.tir.cuda import (
+    decode,
+    feed,
+    fused,
+    gemm,
+    gemv,
+    grouped,
+    head,
+    leave,
+    roof,
+    rows,
+)
 from bitcompile.targets.tir.cuda.device import source
 from bitcompile.targets.tir.cuda.tile import TILE_ROWS
 
@@ -25,11 +36,13 @@ class DeviceKernel:
 
 
 TILES = (
-    gemm.Tile(tokens=256, stages=4, span=1),
-    gemm.Tile(tokens=192, stages=6, span=1),
-    gemm.Tile(tokens=128, stages=8, span=2),
-    gemm.Tile(tokens=96, stages=10, span=2),
-    gemm.Tile(tokens=64, stages=12, span=2),
+    gemm.Tile(tokens=256, stages=5),
+    gemm.Tile(tokens=192, stages=7),
+    gemm.Tile(tokens=176, stages=7),
+    gemm.Tile(tokens=160, stages=8),
+    gemm.Tile(tokens=128, stages=10, span=2),
+    gemm.Tile(tokens=96, stages=12, span=2),
+    gemm.Tile(tokens=64, stages=16, span=2),
 )
 GEMVS = tuple(
     (f"bc_gemv{'_early' if early else ''}{'_extras' if extras else ''}", early, extras)
@@ -72,8 +85,8 @@ SIZES = {
     "BC_DECODE_WARPS": decode.WARPS,
     "BC_DECODE_IN_FLIGHT": decode.IN_FLIGHT,
     "BC_DECODE_ROW_PAD": decode.ROW_PAD,
-    "BC_GEMM_ROWS": gemm.ROWS,
-    "BC_GEMM_PAD": gemm.PAD,
+    "BC_GEMM_ROWS": leave.ROWS,
+    "BC_GEMM_PAD": leave.PAD,
     "BC_GEMM_THREADS": gemm.THREADS,
     "BC_GEMM_STAGES": gemm.STAGES,
     "BC_WGMMA_THREADS": feed.HOPPER_THREADS,

@@ -146,6 +146,10 @@ BC_INLINE void bc_store4(void* p, int64_t i, const float* v, int type) {
   for (int j = 0; j < 4; j++) h[j] = bc_narrow(v[j], type);
   *(uint2*)((uint16_t*)p + i) = make_uint2(h[0] | (uint)h[1] << 16, h[2] | (uint)h[3] << 16);
 }
+/* The lower or upper half, e = 0 or 1, of two 16-bit values. */
+BC_INLINE float bc_widen_of(uint two, int e, int type) {
+  return bc_widen((uint16_t)(two >> 16 * e), type);
+}
 /* Two values as 16-bit ones, the first in the lower half. */
 BC_INLINE uint bc_narrow2(float low, float high, int type) {
   uint half, brain;
@@ -174,6 +178,16 @@ BC_INLINE void bc_add_shared(int* p, int v) { atomicAdd(p, v); }
 BC_INLINE void bc_load_shared4(float* out, const float* p) { *(float4*)out = *(const float4*)p; }
 BC_INLINE void bc_store_shared4(float* p, const float* v) { *(float4*)p = *(const float4*)v; }
 BC_INLINE uint bc_shared(const void* p) { return (uint)__cvta_generic_to_shared(p); }
+BC_INLINE void bc_load_shared16(uint* out, uint address) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(address) : "memory");
+}
+/* 16 bytes if `wanted`: no branch, so that many are under way. */
+BC_INLINE void bc_store16_if(void* to, int64_t byte, const uint* v, int wanted) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n@p st.global.v4.u32 [%0], {%1, %2, %3, %4};\n}"
+      ::"l"((char*)to + byte), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(wanted) : "memory");
+}
 BC_INLINE void bc_load_shared8(int* out, uint address) {
   asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(address) : "memory");
@@ -302,6 +316,8 @@ BC_INLINE int bc_quantized4(const float* x, float scale) {
     q[i] = __float_as_int(__fadd_rn(__fmul_rn(x[i], scale), 12582912.0f));
   return __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
 }
+/* (float)v, |v| < 2**22, on faster units: added to 1.5 * 2**23, v is the last bits. */
+BC_INLINE float bc_small_float(int v) { return __fadd_rn(__int_as_float(v + 0x4b400000), -12582912.0f); }
 BC_INLINE int bc_sum4(int a) {
   int d;
   asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x01010101), "r"(0));
@@ -331,8 +347,6 @@ BC_INLINE float bc_divide(float a, float b, float y) {
   q = __fmaf_rn(__fmaf_rn(-q, b, a), y, q);
   return __fmaf_rn(__fmaf_rn(-q, b, a), y, q);
 }
-
-BC_INLINE float bc_ratio(float a, float b) { return bc_divide(a, b, __frcp_rn(b)); }
 
 /* fl(1 / fl(sqrt(fl(fl(total / K) + eps)))), inverse = fl(1 / K). Root and reciprocal are Newton steps
  * from one approximation; the last leaves the reciprocal correctly rounded but for one mantissa, all
@@ -400,10 +414,20 @@ BC_INLINE void bc_store_matrix4(uint address, const uint* r) {
                ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 #endif
 }
+/* The way back. */
+BC_INLINE void bc_load_matrix4_turned(uint* r, uint address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
 BC_INLINE int bc_grid() { return (int)gridDim.x; }
 BC_INLINE void bc_copy_async16(void* to, const void* from, int64_t byte) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
                ::"r"(bc_shared(to)), "l"((const char*)from + byte) : "memory");
+}
+BC_INLINE void bc_copy_async16_if(uint to, const void* from, int64_t byte, int wanted) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p cp.async.cg.shared.global [%0], [%1], 16;\n}"
+      ::"r"(to), "l"((const char*)from + byte), "r"(wanted) : "memory");
 }
 /* One token, `pieces` of 16 bytes. Through the L1 cache: many blocks of a multiprocessor read it. */
 BC_INLINE void bc_bring_token(void* to, const void* from, int first, int stride, int pieces) {
@@ -459,36 +483,32 @@ BC_INLINE void bc_copy_bulk(void* to, const void* from, int64_t byte, int bytes,
           bc_shared(to)), "l"((const char*)from + byte), "r"(bytes), "r"(bc_shared(barrier))
       : "memory");
 }
-BC_INLINE void bc_store_bulk(void* to, int64_t byte, const void* from, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
-               "cp.async.bulk.commit_group;" ::"l"((char*)to + byte), "r"(bc_shared(from)), "r"(bytes)
-               : "memory");
-}
-/* The thread's bulk stores have read shared memory, or are complete. */
-BC_INLINE void bc_store_bulk_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-BC_INLINE void bc_store_bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-BC_INLINE void bc_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-/* A barrier of the two warpgroups, and one that tells whether something holds for all of them. */
+/* A barrier of the two warpgroups, one of one of them, and one that tells whether something holds for
+ * all of its threads. */
 BC_INLINE void bc_workers() { asm volatile("barrier.sync 1, 256;" ::: "memory"); }
-BC_INLINE int bc_agree(int holds) {
+BC_INLINE void bc_group(int group) {
+  asm volatile("barrier.sync %0, 128;" ::"r"(2 + group) : "memory");
+}
+BC_INLINE int bc_agree(int group, int holds) {
   int all;
   asm volatile(
       "{\n.reg .pred p, r;\nsetp.ne.s32 p, %1, 0;\n"
-      "barrier.red.and.pred r, 1, 256, p;\nselp.s32 %0, 1, 0, r;\n}"
-      : "=r"(all) : "r"(holds) : "memory");
+      "barrier.red.and.pred r, %2, 128, p;\nselp.s32 %0, 1, 0, r;\n}"
+      : "=r"(all) : "r"(holds), "r"(2 + group) : "memory");
   return all;
 }
 /* Bytes from p to the next multiple of 1024 in shared memory. */
 BC_INLINE int bc_to_kilobyte(const void* p) { return (int)(-bc_shared(p) & 1023); }
-/* One warpgroup after the other has the tensor cores: wait for the own turn, give the other one its. */
-BC_INLINE void bc_take_turn(int group) {
-  asm volatile("barrier.sync %0, 256;" ::"r"(2 + group) : "memory");
+/* Ends all steps but the last. */
+BC_INLINE void bc_wgmma_wait_before() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
+/* Products may read these registers up to here. */
+BC_INLINE void bc_keep(uint* a) {
+  asm volatile(""
+               : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]), "+r"(a[4]), "+r"(a[5]), "+r"(a[6]),
+                 "+r"(a[7]), "+r"(a[8]), "+r"(a[9]), "+r"(a[10]), "+r"(a[11]), "+r"(a[12]),
+                 "+r"(a[13]), "+r"(a[14]), "+r"(a[15]) :: "memory");
 }
-BC_INLINE void bc_pass_turn(int group) {
-  asm volatile("barrier.arrive %0, 256;" ::"r"(3 - group) : "memory");
-}
-/* Ends all groups of products but the last. */
-BC_INLINE void bc_wgmma_wait_last() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
+BC_INLINE void bc_wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 /* Operand B in shared memory: rows of 128 bytes in the 128-byte swizzle, 8 rows a kilobyte. */
 BC_INLINE uint64_t bc_describe(const void* p) {
   return (uint64_t)(bc_shared(p) >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
