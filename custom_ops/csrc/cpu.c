@@ -14,7 +14,9 @@ enum {
   GROUP_COLUMNS = 16, /* columns of a tile where weights have group scales */
   DECODE_ROWS = 8,    /* up to here a gemv, above a gemm */
   GATED_TILES = 32,   /* most tiles of gate rows, and of up rows, that a decode task multiplies */
-  FETCHED_LINES = 1 << 11, /* most weights that a waiting thread fetches: some of its L2 cache */
+  FETCHED_LINES = 1 << 11, /* most that a waiting thread fetches: some of its L2 cache */
+  MANY_THREADS = 16,
+  STREAMS = 4, /* tiles that a gemv walks at a time, at most */
   ALIGN = 64,
 };
 
@@ -197,15 +199,15 @@ static void gemv_task(void *opaque, size_t i) {
          (int32_t)j->ldy);
 }
 
-/* Weights of a task and of those after it, line by line. */
+/* Weights of a task, and of those after it that one of many threads would take too, by lines. */
 static const void *weights_ahead(const void *opaque, int64_t task, int64_t i) {
   const MatmulJob *j = opaque;
-  int64_t lines = j->step * j->KB, each = j->glu ? 2 * lines : lines;
-  int64_t tile = (task + i / each) * j->step, tiles = bc_ceil_div(j->N, TILE_ROWS);
-  if (i >= FETCHED_LINES || tile + j->step > tiles) return NULL;
-  i %= each;
-  if (i >= lines) i -= lines, tile += tiles;
-  return j->w + (tile * j->KB + i) * TILE_BYTES;
+  int64_t lines = j->step * j->KB, each = j->glu ? 2 * lines : lines, more = i / each;
+  int64_t tiles = bc_ceil_div(j->N, TILE_ROWS), own = bc_ceil_div(tiles, j->step) / MANY_THREADS;
+  int64_t line = (task + more) * lines + i % lines;
+  if (i >= FETCHED_LINES || more > own || line >= tiles * j->KB) return NULL;
+  if (i % each >= lines) line += tiles * j->KB; /* the up rows' */
+  return j->w + line * TILE_BYTES;
 }
 
 /* One panel, up to `rows` weight rows from n on, for M activation rows from m on, into y. */
@@ -249,9 +251,9 @@ static int64_t prepare(const Kernel *k, MatmulJob *job) {
 
 static Phase gemv_phase(const Kernel *k, MatmulJob *job) {
   int64_t tiles = prepare(k, job), line = job->KB * TILE_BYTES * (job->glu ? 2 : 1);
-  /* An even number of tiles, for kernels that walk two, and some 64 KiB of weights a task. */
-  int64_t step = bc_max64(bc_ceil_div(1 << 16, 2 * line), bc_ceil_div(tiles, 2 * BC_MOST_TASKS));
-  job->step = 2 * step;
+  /* Some 64 KiB of weights a task. */
+  int64_t walks = bc_max64(bc_ceil_div(1 << 16, line), bc_ceil_div(tiles, BC_MOST_TASKS));
+  job->step = bc_ceil_div(walks, STREAMS) * STREAMS;
   if (job->glu) job->step = bc_min64(job->step, GATED_TILES);
   return (Phase){.task = gemv_task,
                  .job = job,

@@ -12,7 +12,8 @@ typedef struct Phase { /* tasks that begin when those of the phase before have e
   bc_task_fn *task;
   void *job;
   int64_t count; /* up to BC_MOST_TASKS */
-  /* The i-th cache line that a task will read and no earlier phase writes, NULL after the last. */
+  /* The i-th cache line that a task, or one soon after it, will read and no earlier phase writes;
+   * NULL after the last. */
   const void *(*ahead)(const void *job, int64_t task, int64_t i);
 } Phase;
 

@@ -204,23 +204,33 @@ def head(launcher: Launcher, case: Case, bits: int) -> None:
 
 
 def large(launcher: Launcher, seed: int, N: int, K: int, M: int, alike: bool = False,
-          **choice: int) -> None:  # fmt: skip
-    """A product of a real model's size against an exact float32 product of integers."""
+          dtype: torch.dtype = torch.float32, **choice: int) -> None:  # fmt: skip
+    """A product of a real model's size against an exact float32 product of integers.
+
+    ``alike``: rows share a scale. A 16-bit type brings a residual, and one row with another scale,
+    so that one warpgroup of a block takes the long way out and the other the short one.
+    """
     torch.backends.cuda.matmul.allow_tf32 = False
     generator = torch.Generator("cuda").manual_seed(seed)
     w = random_weights(generator, N, K)
-    x = torch.randn((M, K), device="cuda", generator=generator)
+    x = torch.randn((M, K), device="cuda", generator=generator).to(dtype)
     w_scale = torch.rand((N, 1), device="cuda", generator=generator) + 0.1
     if alike:
         w_scale[:] = w_scale[0].clone()
-    product = Linear(x, w, w_scale, (N, K), torch.float32, early=1, **choice)
+    residual = None
+    if dtype != torch.float32:
+        residual = torch.randn((M, N), device="cuda", generator=generator).to(dtype)
+        w_scale[70] *= 2
+    product = Linear(x, w, w_scale, (N, K), dtype, residual=residual, early=1, **choice)
     scratch = product.scratch(launcher)
     launcher.linear(product.job(), scratch)
-    q, s = numerics.quantize_activations(x.cpu().numpy())
+    q, s = numerics.quantize_activations(x.float().cpu().numpy())
     acc = on_gpu(q).float() @ unpack(w, N, K).float().T
     expected = acc * (w_scale.reshape(1, -1) / on_gpu(s))
+    if residual is not None:
+        expected = expected + residual.float()
     assert product.y is not None
-    same(f"large {M}x{N}x{K} {alike=} {choice}", product.y, expected)
+    same(f"large {M}x{N}x{K} {dtype} {alike=} {choice}", product.y, expected.to(dtype))
 
 
 def large_grouped(launcher: Launcher, seed: int, N: int, K: int, M: int, group_size: int) -> None:
@@ -312,6 +322,10 @@ def products(seed: int, quick: bool) -> Iterator[Callable[[Launcher], None]]:
         for M in (1, 3, 16, 33, 512):
             for tile in (0, *tiles) if M > 16 else (0,):
                 yield partial(large, seed=seed + M, N=N, K=K, M=M, alike=M == 512, tile=tile)
+    for tile, dtype in itertools.product(tiles, (torch.float16, torch.bfloat16)):
+        yield partial(large, seed=seed, N=3840, K=2560, M=4096, alike=True, dtype=dtype, tile=tile)
+    for K in (32640, 32768):  # up to and beyond what the short way out takes
+        yield partial(large, seed=seed, N=256, K=K, M=300, alike=True)
     for group_size, M in ((32, 33), (64, 512), (128, 512), (256, 130)):
         yield partial(large_grouped, seed=seed, N=2560, K=6912, M=M, group_size=group_size)
     for group_size in (0, 16, 128):
