@@ -53,8 +53,7 @@ static void pause_briefly(void) {
 #endif
 }
 
-/* Until the phase has ended; meanwhile what `task` of the next one reads is fetched into the cache.
- */
+/* Until the phase has ended; meanwhile what `task` of the next one reads is fetched. */
 static void await(Team *team, int phase, int64_t task) {
   const Phase *next = &team->phases[phase + 1];
   const void *line = NULL;

@@ -17,7 +17,9 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, VOCABULARY = 2560, 6912, 30, 20, 5, 128256
+from tests.bench.peers import FFN, HIDDEN, LAYERS
+
+HEADS, KV_HEADS, VOCABULARY = 20, 5, 128256
 KV = HIDDEN // HEADS * KV_HEADS
 PRODUCTS = {
     "attn_q": (HIDDEN, HIDDEN), "attn_k": (KV, HIDDEN), "attn_v": (KV, HIDDEN),
