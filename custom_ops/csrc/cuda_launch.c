@@ -226,7 +226,7 @@ static int32_t fused_warps(const bc_linear *job, const Fused *way) {
 static int64_t fused_shared(const bc_gpu *gpu, const bc_linear *job, const Fused *way,
                             int64_t step) {
   int64_t slots = step * pairs_of(job), row = fused_warps(job, way) * way->share + BC_FUSED_SPARE;
-  int64_t needed = (slots * units_of(job) + row) * 512 + slots * TILE_ROWS * 4;
+  int64_t needed = (slots * units_of(job) + row) * 512 + slots * TILE_ROWS * 16;
   /* No room for a third block: where one is free, two of the next kernel would share it. */
   int64_t third = job->early ? gpu->shared_limit / 3 : 0;
   return needed > third ? needed : third;
@@ -555,14 +555,20 @@ int bc_cuda_head(const bc_gpu *gpu, void *stream, const bc_table *job, void *scr
                     .lo = lo,
                     .s = s,
                     .y = job->y,
+                    .M = job->M,
                     .V = job->V,
                     .B = (int32_t)ceil_div(job->K, job->block),
                     .per_block = job->block * job->bits / 512};
   int result = launch(gpu, stream, wide ? BC_HEAD_QUANTIZE8 : BC_HEAD_QUANTIZE4, job->M, 1,
                       BC_HEAD_THREADS, 0, (void *[])BC_HEAD_QUANTIZE_ARGS(q), job->early);
   if (result) return result;
-  return launch(gpu, stream, wide ? BC_HEAD8 : BC_HEAD4, ceil_div(job->V, BC_HEAD_ROWS), job->M,
-                BC_HEAD_THREADS, 0, (void *[])BC_HEAD_ARGS(a), job->early);
+  static const int kernels[2][3] = {{BC_HEAD4_1, BC_HEAD4_4, BC_HEAD4_8},
+                                    {BC_HEAD8_1, BC_HEAD8_4, BC_HEAD8_8}};
+  static const int tokens[3] = {1, 4, 8};
+  int way = job->M <= 2 ? 0 : job->M <= 4 ? 1 : 2; /* as was fastest on an H100 */
+  return launch(gpu, stream, kernels[wide][way], ceil_div(job->V, BC_HEAD_ROWS),
+                ceil_div(job->M, tokens[way]), BC_HEAD_THREADS, 0, (void *[])BC_HEAD_ARGS(a),
+                job->early);
 }
 
 int bc_cuda_read(const bc_gpu *gpu, void *stream, const void *data, int64_t bytes, void *out) {

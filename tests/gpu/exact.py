@@ -25,7 +25,7 @@ from tests.gpu.launch import (
 )
 
 SHAPES = ((1, 1), (16, 128), (17, 129), (70, 100), (129, 257), (200, 640), (333, 1021), (260, 2050))
-TOKENS = (1, 2, 5, 8, 9, 16, 17, 40, 129, 300)
+TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 40, 129, 300)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -194,10 +194,11 @@ def head(launcher: Launcher, case: Case, bits: int) -> None:
     scale = case.rng.random((case.N, blocks)).astype(np.float32)
     table, scales = on_gpu(codes), on_gpu(scale)
     y = torch.full((case.M, case.N), float("nan"), device="cuda")
-    launcher.head(TableJob(
+    job = TableJob(
         x=case.x.data_ptr(), table=table.data_ptr(), scale=scales.data_ptr(), y=y.data_ptr(),
         M=case.M, V=case.N, K=case.K, type_x=TYPES[case.dtype], bits=bits, block=block, early=1,
-    ))  # fmt: skip
+    )  # fmt: skip
+    launcher.head(job, launcher.head_scratch(job))
     torch.cuda.synchronize()
     expected = numerics.head_matmul(case.wide(case.x), codes, scale[:, :, None], bits)
     same(f"head {case.M}x{case.N}x{case.K} {case.dtype} {bits} bits", y, torch.from_numpy(expected))
@@ -306,7 +307,7 @@ def products(seed: int, quick: bool) -> Iterator[Callable[[Launcher], None]]:
         yield partial(glu, case=case, gate=number % 4, sub_norm=bool(number % 3))
         if M in (1, 9, 40, 129, 300):
             yield partial(grouped, case=case, group_size=16 << (number + number // len(TOKENS)) % 5)
-        if M in (1, 9, 40):
+        if M in (1, 3, 8, 9, 40):
             yield partial(head, case=case, bits=8 >> number % 2)
         for tile in tiles if M > 16 else ():
             yield partial(linear, case=case, norm=True, extras=True, tile=tile)

@@ -78,10 +78,13 @@ class Launcher:
         at = ctypes.c_void_p(scratch.data_ptr() if scratch is not None else None)
         self._check(self.library.bc_cuda_linear(self.gpu, stream, ctypes.byref(job), at))
 
-    def head(self, job: TableJob) -> None:
-        """``bc_cuda_head`` on torch's current stream."""
+    def head_scratch(self, job: TableJob) -> torch.Tensor:
+        """Room for ``head``, full of what is no result."""
         size = self.library.bc_cuda_head_scratch(ctypes.byref(job))
-        scratch = torch.full((size,), 0x5A, dtype=torch.uint8, device="cuda")
+        return torch.full((size,), 0x5A, dtype=torch.uint8, device="cuda")
+
+    def head(self, job: TableJob, scratch: torch.Tensor) -> None:
+        """``bc_cuda_head`` on torch's current stream."""
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         at = ctypes.c_void_p(scratch.data_ptr())
         self._check(self.library.bc_cuda_head(self.gpu, stream, ctypes.byref(job), at))

@@ -4,7 +4,7 @@
     python -m tests.gpu.run --library bitcompile_cuda.so     # in FOLDER on the one with the GPU
 
 Needs torch (with Triton), numpy and a driver there. Sections: exact, sanitize, decode, batch,
-prefill, grouped, stack; all by default.
+head, prefill, grouped, stack; all by default.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from tests.gpu import exact, speed
 from tests.gpu.launch import Launcher
 
-SECTIONS = ("exact", "sanitize", "decode", "batch", "prefill", "grouped", "stack")
+SECTIONS = ("exact", "sanitize", "decode", "batch", "head", "prefill", "grouped", "stack")
 
 
 def main() -> int:
@@ -52,6 +52,8 @@ def run(section: str, launcher: Launcher, options: argparse.Namespace) -> None:
         speed.decode_table(launcher)
     elif section == "batch":
         speed.batch_table(launcher)
+    elif section == "head":
+        speed.head_table(launcher)
     elif section == "prefill":
         speed.prefill_table(launcher)
     elif section == "grouped":

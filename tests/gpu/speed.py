@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from tests.gpu.exact import random_weights
-from tests.gpu.launch import NO_GATE, VARIANTS, Launcher, Linear
+from tests.gpu.launch import NO_GATE, TYPES, VARIANTS, Launcher, Linear, TableJob
 
 SHAPES = ((2560, 2560), (6912, 2560), (2560, 6912), (3840, 2560), (13824, 2560))
 """The products of BitNet b1.58 2B-4T, ``(N, K)``."""
@@ -280,6 +280,35 @@ def grouped_table(launcher: Launcher) -> None:
             ])  # fmt: skip
             tops = "".join(f"{2 * N * K * M / t / 1e12:8.2f}" for t in times)
             print(f"{N}x{K}".ljust(13) + str(M).rjust(6) + tops, flush=True)
+
+
+def head_table(launcher: Launcher) -> None:
+    """The language-model head of 2B-4T, logits of some rows; its table is more than L2 holds."""
+    V, K, block = 128256, 2560, 128
+    print("== head, us a call (x bfloat16): tables of 8 and 4 bits, cuBLAS bf16 of 16")
+    print("M".rjust(4) + "".join(name.rjust(14) for name in ("q8", "q4", "cuBLAS bf16")))
+    scale = torch.full((V, K // block), 0.01, device="cuda")
+    tables = {bits: torch.randint(0, 256, (V, K * bits // 8), device="cuda", dtype=torch.uint8)
+              for bits in (8, 4)}  # fmt: skip
+    weight = torch.randn((V, K), device="cuda", dtype=torch.bfloat16)
+    for M in (1, 2, 4, 8, 16):
+        x = torch.randn((M, K), device="cuda", dtype=torch.bfloat16)
+        y = torch.empty((M, V), device="cuda")
+        out = torch.empty((M, V), device="cuda", dtype=torch.bfloat16)
+
+        def timer(work: Callable[[], None]) -> Timer:
+            run = captured(work)
+            return lambda: seconds(run)
+
+        jobs = [TableJob(
+            x=x.data_ptr(), table=table.data_ptr(), scale=scale.data_ptr(), y=y.data_ptr(),
+            M=M, V=V, K=K, type_x=TYPES[x.dtype], bits=bits, block=block, early=1,
+        ) for bits, table in tables.items()]  # fmt: skip
+        times = in_turn([
+            *(timer(partial(launcher.head, job, launcher.head_scratch(job))) for job in jobs),
+            timer(partial(torch.mm, x, weight.T, out=out)),
+        ])  # fmt: skip
+        print(str(M).rjust(4) + "".join(f"{t * 1e6:.0f}".rjust(14) for t in times), flush=True)
 
 
 # --- the stack ------------------------------------------------------------------------------------

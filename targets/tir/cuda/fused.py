@@ -6,7 +6,7 @@ row and multiplies them with every tile of the block. One (of the *ending* warps
 squares in their order meanwhile, and they scale and store. One fetches the weights into shared
 memory, before the kernel before has ended, and keeps few on their way at a time: whatever else a
 multiprocessor reads or writes waits behind them. Sums of a tile meet in shared memory, where
-integers may be added in any order.
+integers may be added in any order; the four lanes that share a row add to places of their own.
 
 A multiprocessor should have one block of each kernel, and room for one of the next.
 """
@@ -32,7 +32,6 @@ from bitcompile.targets.tir.cuda.device import (
     variable,
     view,
 )
-from bitcompile.targets.tir.cuda.gemv import lane_row
 from bitcompile.targets.tir.cuda.rows import (
     LANES,
     gated,
@@ -50,8 +49,10 @@ SPARE = STEPS * LANES // UNIT_COLUMNS
 """Units that the ordered sum may read beyond the row."""
 MOST_TILES = {2: 8, 4: 2}
 """Row tiles of a block, likewise; both of a pair count. *Ending* warps have a lane for each row."""
+REGISTERS = 56
+"""Of a thread: a block of 18 warps leaves half of them to the next kernel's."""
 PIECES = 8
-"""Most copies of weights of a block: one a tile, or two of a long one."""
+"""Most copies of weights of a block: one a tile, or two of a long one; a lane opens each."""
 IN_FLIGHT = 3
 """Copies that are on their way at a time."""
 
@@ -138,10 +139,10 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
         half = T.floordiv(units, 2) if cuts == 2 else units
 
         with when(ids.thread < slots * TILE_ROWS):
-            put(room, T.int32(0), sums + ids.thread)
+            do("bc_clear4", at(room, sums + ids.thread * 4))
         with when(warp == warps + ending):
-            with when(lane == 0), T.serial(slots * cuts) as i:
-                do("bc_landing", at(landed, i))
+            with when(lane < slots * cuts):
+                do("bc_landing", at(landed, lane))
             do("bc_landing_fence")
         barrier()
 
@@ -210,13 +211,15 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
                 do("bc_load_shared8", at(b, p * 8), from_)
             put(part, call("int32", "__reduce_add_sync", T.uint32(0xFFFFFFFF), part[0]))
 
+            # The codes' zero point, taken off once a row.
+            offset = variable(T.if_then_else(c == 0, part[0], 0), "int32")[0]
             together = 4 // share  # units: more registers would cost a block
             acc, words = local(4, "int32"), local(4 * together, "uint32")
             for i in range(4 * together):
                 put(words, T.uint32(0), i)
             address = call("uint32", "bc_shared", at(room, own * UNIT_WORDS + lane * 4))
             next_ = variable(address, "uint32")
-            address = call("uint32", "bc_shared", at(room, sums + c * 8 + g))
+            address = call("uint32", "bc_shared", at(room, sums + lane))
             sum_at = variable(address, "uint32")
             with rolled(slots) as slot:
                 for i in range(4):
@@ -237,10 +240,11 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
                         q = b[(p * 4 + t) * 2], b[(p * 4 + t) * 2 + 1]
                         do("bc_dot16", at(acc, 0), words[t], *q)
                 put(next_, next_[0] + T.cast(units * (UNIT_WORDS * 4), "uint32"))
-                sum_ = lane_row(acc, lane) - part[0]
-                with when(c < 2):
-                    do("bc_add_at", sum_at[0], sum_)
-                put(sum_at, sum_at[0] + T.uint32(TILE_ROWS * 4))
+                upper = acc[0] + T.shift_right(acc[2], 4)
+                lower = T.shift_right(acc[1], 2) + T.shift_right(acc[3], 6)
+                do("bc_add_at", sum_at[0], upper - offset)
+                do("bc_add_at", sum_at[0] + T.uint32(TILE_ROWS * 8), lower - offset)
+                put(sum_at, sum_at[0] + T.uint32(TILE_ROWS * 16))
             do("bc_meet", meeting)
 
         with when(T.And(warp >= warps, warp < warps + ending)):
@@ -253,10 +257,14 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
                     put(scales[i], w_scale[i * N + n])
             inverse = variable(call("float32", "__frcp_rn", T.cast(K, "float32")), "float32")[0]
             squares = variable(call("uint32", "bc_shared", at(room, row_at)), "uint32")[0]
-            old = variable(T.uint32(0), "uint32")
+            # Adding -0 changes nothing.
+            addend, old = (variable(T.float32(-0.0), "float32") for _ in range(2))
+            with when(T.And(has_bias != 0, mine)):
+                put(addend, bias[n])
+            to = read("uint64", "bc_element", y.data, long(n), type_y)
             do("bc_wait_for_earlier")
             with when(T.And(has_residual != 0, mine)):
-                put(old, read("uint32", "bc_load_bits", residual.data, long(n), type_y))
+                put(old, read("float32", "bc_load", residual.data, long(n), type_y))
             with when(has_norm != 0):
                 do("bc_meet", meeting)
                 with when(warp == warps):
@@ -277,16 +285,14 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
             with when(mine):
 
                 def product(row: Expr, factor: Buffer) -> Expr:
-                    whole = T.cast(room[sums + row], "float32")
-                    return variable(whole * factor[0], "float32")[0]
+                    whole = call("int32", "bc_sum_of4", at(room, sums + row * 4))
+                    return variable(T.cast(whole, "float32") * factor[0], "float32")[0]
 
                 result = variable(product(own, factors[0]), "float32")
                 if gate:
                     put(result, gated(activation, result[0], product(rows + own, factors[1])))
-                with when(has_bias != 0):
-                    put(result, result[0] + bias[n])
-                with when(has_residual != 0):
-                    put(result, result[0] + call("float32", "bc_from_bits", old[0], type_y))
-                do("bc_store", y.data, long(n), result[0], type_y)
+                put(result, result[0] + addend[0])
+                put(result, result[0] + old[0])
+                do("bc_store_to", to, result[0], type_y)
 
     return device_kernel(name, PARAMETERS, threads(share), body)

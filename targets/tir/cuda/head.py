@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from bitcompile import numerics
@@ -26,8 +27,8 @@ from bitcompile.targets.tir.head import CHUNK, SPLIT
 THREADS = 256
 ROWS = 64
 """Table rows of a block: 8 a warp, four lanes each, which have 16 bytes of a chunk of 64."""
-AHEAD = 8
-"""Chunks that a lane has under way."""
+AHEAD = {1: 8, 4: 8, 8: 4}
+"""Chunks that a lane has under way, by the tokens that each is multiplied with."""
 
 QUANTISE_PARAMETERS = [
     ("x", "uint8*"), ("hi", "int8*"), ("lo", "int8*"), ("s", "float32*"),
@@ -36,7 +37,7 @@ QUANTISE_PARAMETERS = [
 PARAMETERS = [
     ("table", "uint32*"), ("scale", "float32*"), ("hi", "int8*"), ("lo", "int8*"),
     ("s", "float32*"), ("y", "float32*"),
-    *((name, "int32") for name in ("V", "B", "per_block")),
+    *((name, "int32") for name in ("M", "V", "B", "per_block")),
 ]  # fmt: skip
 
 
@@ -83,21 +84,22 @@ def head_quantize(name: str, bits: int) -> Any:
     return device_kernel(name, QUANTISE_PARAMETERS, THREADS, body)
 
 
-def head(name: str, bits: int) -> Any:
+def head(name: str, bits: int, tokens: int) -> Any:
     """``y`` ``[M, V]``: logits of the rows that :func:`head_quantize` left.
 
     ``table``: uint8 ``[V, B * per_block, 64]``; ``scale``: float32 ``[V, B]``; ``per_block``:
-    64-byte chunks under one scale. Grid: ceil(V / ROWS), M.
+    64-byte chunks under one scale. The table is read once for ``tokens`` rows. Grid:
+    ceil(V / ROWS), ceil(M / tokens).
     """
-    parts = 8 // bits
+    parts, ahead = 8 // bits, AHEAD[tokens]
 
     def body(ids: Ids, table: Buffer, scale: Buffer, hi: Buffer, lo: Buffer, s: Buffer, y: Buffer,
-             V: Expr, B: Expr, per_block: Expr) -> None:  # fmt: skip
+             M: Expr, V: Expr, B: Expr, per_block: Expr) -> None:  # fmt: skip
         piece = ids.lane % 4
         row = ids.block_x * ROWS + ids.warp * 8 + T.floordiv(ids.lane, 4)
         v = T.min(row, V - 1)
         chunks = B * per_block
-        held = local(AHEAD * 4, "uint32")
+        held = local(ahead * 4, "uint32")
         word = long(v) * chunks * (CHUNK // 4) + piece * 4
         address = variable(call("uint64", "bc_pointer", at(table, word)), "uint64")[0]
 
@@ -105,62 +107,68 @@ def head(name: str, bits: int) -> Any:
             from_ = address + T.cast(chunk, "uint64") * T.uint64(CHUNK)
             do("bc_load_unit", at(held, i * 4), from_, T.cast(chunk < chunks, "int32"))
 
-        for i in range(AHEAD):
+        for i in range(ahead):
             load(i, T.int32(i))
         do("bc_let_next_start")
         do("bc_wait_for_earlier")
-        sums, acc = local(4, "float32"), local(8, "int32")
-        q = local(4, "int32")
-        for j in range(4):
-            put(sums, T.float32(0), j)
-            put(acc, T.int32(0), j)
-            put(acc, T.int32(0), 4 + j)
+        sums, acc = local(4 * tokens, "float32"), local(8 * tokens, "int32")
+        q, codes = local(4, "int32"), local(4, "int32")
+        for i in range(4 * tokens):
+            put(sums, T.float32(0), i)
+        for i in range(8 * tokens):
+            put(acc, T.int32(0), i)
         block, within = (variable(T.int32(0), "int32") for _ in range(2))
-        start = long(ids.block_y) * chunks * (parts * CHUNK) + piece * 16
+        first = ids.block_y * tokens
+        # Rows beyond the last repeat it.
+        starts = [
+            long(T.min(first + t, M - 1)) * chunks * (parts * CHUNK) + piece * 16
+            for t in range(tokens)
+        ]
 
         def finish_block() -> None:
             by = variable(scale[v * B + block[0]], "float32")[0]
-            for j in range(4):
+            for i in range(4 * tokens):
+                high = i // 4 * 8 + i % 4
                 # 4-bit codes were multiplied in the upper half of a byte.
-                whole = variable(acc[j] * SPLIT + acc[4 + j], "int32")[0]
+                whole = variable(acc[high] * SPLIT + acc[high + 4], "int32")[0]
                 if bits == 4:
                     whole = T.shift_right(whole, 4)
                 part = variable(T.cast(whole, "float32") * by, "float32")[0]
-                put(sums, sums[j] + part, j)
-                put(acc, T.int32(0), j)
-                put(acc, T.int32(0), 4 + j)
+                put(sums, sums[i] + part, i)
+                put(acc, T.int32(0), high)
+                put(acc, T.int32(0), high + 4)
             put(block, block[0] + 1)
             put(within, T.int32(0))
 
-        with rolled(T.floordiv(chunks + (AHEAD - 1), AHEAD)) as turn:
-            for i in range(AHEAD):
-                chunk = turn * AHEAD + i
+        with rolled(T.floordiv(chunks + (ahead - 1), ahead)) as turn:
+            for i in range(ahead):
+                chunk = turn * ahead + i
                 with when(chunk < chunks):
                     for part in range(parts):
-                        for which, source in enumerate((hi, lo)):
-                            from_ = start + (long(chunk) * parts + part) * CHUNK
-                            do("bc_load_int4", at(q, 0), source.data, from_)
+                        for j in range(4):
+                            word, field = held[i * 4 + j], T.int32(part)
+                            put(codes, call("int32", f"bc_codes{bits}", word, field), j)
+                        place = (long(chunk) * parts + part) * CHUNK
+                        for t, (which, source) in product(range(tokens), enumerate((hi, lo))):
+                            do("bc_load_int4", at(q, 0), source.data, starts[t] + place)
                             for j in range(4):
-                                codes = call(
-                                    "int32", f"bc_codes{bits}", held[i * 4 + j], T.int32(part)
-                                )
-                                to = which * 4 + j
-                                dot = call("int32", "bc_dot_ss", codes, q[j], acc[to])
-                                put(acc, dot, to)
+                                to = t * 8 + which * 4 + j
+                                put(acc, call("int32", "bc_dot_ss", codes[j], q[j], acc[to]), to)
                     put(within, within[0] + 1)
                     with when(within[0] == per_block):
                         finish_block()
-                load(i, chunk + AHEAD)
+                load(i, chunk + ahead)
         # Lane sums 8, then 4, then 2 and 1 apart: 4 words a lane, four lanes a row.
         for distance in (2, 1):
-            for j in range(4):
-                put(sums, sums[j] + shuffle_xor(sums[j], distance), j)
-        for j in range(2):
-            put(sums, sums[j] + sums[j + 2], j)
-        with when(T.And(piece == 0, row < V)):
-            m = ids.block_y
-            by = read("float32", "bc_load", s.data, long(m), T.int32(1))
-            inverse = variable(call("float32", "__frcp_rn", by), "float32")[0]
-            put(y, (sums[0] + sums[1]) * inverse, m * V + row)
+            for i in range(4 * tokens):
+                put(sums, sums[i] + shuffle_xor(sums[i], distance), i)
+        for t in range(tokens):
+            m = first + t
+            for j in range(2):
+                put(sums, sums[t * 4 + j] + sums[t * 4 + j + 2], t * 4 + j)
+            with when(T.And(T.And(piece == 0, row < V), m < M)):
+                by = read("float32", "bc_load", s.data, long(m), T.int32(1))
+                inverse = variable(call("float32", "__frcp_rn", by), "float32")[0]
+                put(y, (sums[t * 4] + sums[t * 4 + 1]) * inverse, long(m) * V + row)
 
     return device_kernel(name, PARAMETERS, THREADS, body)

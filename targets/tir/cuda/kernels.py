@@ -31,6 +31,8 @@ class DeviceKernel:
     generate: Callable[[str], Any]
     residents: int = 1
     """Blocks that must fit a multiprocessor at once, which bounds registers."""
+    registers: int | None = None
+    """Most registers of a thread, in place of ``residents``."""
     feature: str | None = None
     """Only for architectures whose name ends so: instructions that no other has."""
 
@@ -55,8 +57,8 @@ FUSED = tuple(
 KERNELS = (
     DeviceKernel("bc_rows", rows.rows),
     DeviceKernel("bc_any_rows", rows.any_rows),
-    *(DeviceKernel(name, partial(fused.fused, share=share, wide=wide, gate=gate), 2)
-      for name, share, wide, gate in FUSED),
+    *(DeviceKernel(name, partial(fused.fused, share=share, wide=wide, gate=gate),
+                   registers=fused.REGISTERS) for name, share, wide, gate in FUSED),
     DeviceKernel("bc_decode8", partial(decode.decode, tokens=8), 2),
     DeviceKernel("bc_decode16", partial(decode.decode, tokens=16)),
     DeviceKernel("bc_gemm", gemm.gemm, 2),
@@ -66,8 +68,8 @@ KERNELS = (
                    feature="90a") for columns in grouped.WGMMA_COLUMNS),
     DeviceKernel("bc_head_quantize8", partial(head.head_quantize, bits=8)),
     DeviceKernel("bc_head_quantize4", partial(head.head_quantize, bits=4)),
-    DeviceKernel("bc_head8", partial(head.head, bits=8), 2),
-    DeviceKernel("bc_head4", partial(head.head, bits=4), 2),
+    *(DeviceKernel(f"bc_head{bits}_{tokens}", partial(head.head, bits=bits, tokens=tokens),
+                   2 if tokens == 1 else 1) for bits in (8, 4) for tokens in head.AHEAD),
     DeviceKernel("bc_read", roof.read, 2),
     *(DeviceKernel(name, partial(gemv.gemv, early=early, extras=extras))
       for name, early, extras in GEMVS),
@@ -122,8 +124,9 @@ def kernel_source(arch: str) -> str:
     helpers = "".join(gemm.wgmma_source(count) for count in tokens)
     if tokens:
         helpers += grouped.wgmma_source()
-    residents = {kernel.name: kernel.residents for kernel in chosen}
-    return source(functions, helpers, residents)
+    residents = {kernel.name: kernel.residents for kernel in chosen if not kernel.registers}
+    registers = {kernel.name: kernel.registers for kernel in chosen if kernel.registers}
+    return source(functions, helpers, residents, registers)
 
 
 def _tile(tile: gemm.Tile) -> tuple[str | int, ...]:

@@ -135,6 +135,18 @@ BC_INLINE void bc_store(void* p, int64_t i, float v, int type) {
   else
     ((uint16_t*)p)[i] = bc_narrow(v, type);
 }
+/* Where an element goes, known before its value is; and the value's way there. */
+BC_INLINE uint64_t bc_element(const void* p, int64_t i, int type) {
+  uint64_t address = (uint64_t)__cvta_generic_to_global(p) + (i << (type == 1 ? 2 : 1));
+  asm volatile("" : "+l"(address));
+  return address;
+}
+BC_INLINE void bc_store_to(uint64_t address, float v, int type) {
+  if (type == 1)
+    asm volatile("st.global.f32 [%0], %1;" ::"l"(address), "f"(v) : "memory");
+  else
+    asm volatile("st.global.u16 [%0], %1;" ::"l"(address), "h"(bc_narrow(v, type)) : "memory");
+}
 /* Four elements to an index that is a multiple of 4. */
 BC_INLINE void bc_store4(void* p, int64_t i, const float* v, int type) {
   if (type == 1) {
@@ -175,6 +187,11 @@ BC_INLINE void bc_load_int4(int* out, const void* p, int64_t byte) {
 /* ---- shared memory --------------------------------------------------------------------------- */
 
 BC_INLINE void bc_add_shared(int* p, int v) { atomicAdd(p, v); }
+BC_INLINE void bc_clear4(int* p) { *(int4*)p = make_int4(0, 0, 0, 0); }
+BC_INLINE int bc_sum_of4(const int* p) {
+  int4 v = *(const int4*)p;
+  return v.x + v.y + v.z + v.w;
+}
 BC_INLINE void bc_load_shared4(float* out, const float* p) { *(float4*)out = *(const float4*)p; }
 BC_INLINE void bc_store_shared4(float* p, const float* v) { *(float4*)p = *(const float4*)v; }
 BC_INLINE uint bc_shared(const void* p) { return (uint)__cvta_generic_to_shared(p); }
@@ -348,19 +365,23 @@ BC_INLINE float bc_divide(float a, float b, float y) {
   return __fmaf_rn(__fmaf_rn(-q, b, a), y, q);
 }
 
-/* fl(1 / fl(sqrt(fl(fl(total / K) + eps)))), inverse = fl(1 / K). Root and reciprocal are Newton steps
- * from one approximation; the last leaves the reciprocal correctly rounded but for one mantissa, all
- * ones (Markstein, ch. 8; compared for every mantissa on an H100). */
+/* fl(1 / fl(sqrt(fl(fl(total / K) + eps)))), inverse = fl(1 / K), without a branch before the end.
+ * Quotient, root and reciprocal are Newton steps; the last of each leaves it correctly rounded (Markstein,
+ * ch. 8), the reciprocal but for one mantissa, all ones (compared for every mantissa on an H100). */
 BC_INLINE float bc_reciprocal_rms(float total, float K, float inverse, float eps) {
-  float mean = __fadd_rn(bc_divide(total, K, inverse), eps), r;
-  if (!(mean > 1e-20f && mean < 1e20f)) return __frcp_rn(__fsqrt_rn(mean));
+  float q = __fmul_rn(total, inverse), r;
+  q = __fmaf_rn(__fmaf_rn(-q, K, total), inverse, q);
+  q = __fmaf_rn(__fmaf_rn(-q, K, total), inverse, q);
+  float mean = __fadd_rn(q, eps);
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(mean));
   float root = __fmul_rn(mean, r);
   root = __fmaf_rn(__fmaf_rn(-root, root, mean), __fmul_rn(0.5f, r), root);
   r = __fmaf_rn(__fmaf_rn(-root, r, 1.0f), r, r);
   r = __fmaf_rn(__fmaf_rn(-root, r, 1.0f), r, r);
   uint bits = __float_as_uint(root);
-  return (bits & 0x7fffff) == 0x7fffff ? __uint_as_float(0x7e800001 - (bits & 0x7f800000)) : r;
+  if ((bits & 0x7fffff) == 0x7fffff) r = __uint_as_float(0x7e800001 - (bits & 0x7f800000));
+  int fast = total > 1e-15f && total < 1e15f && mean > 1e-20f && mean < 1e20f;
+  return fast ? r : __frcp_rn(__fsqrt_rn(__fadd_rn(__fdiv_rn(total, K), eps)));
 }
 
 /* ---- tensor cores: 16 weights are a word of four 2-bit codes a byte -------------------------- */
