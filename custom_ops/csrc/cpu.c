@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "ops.h"
+#include "pages.h"
 #include "threads.h"
 
 enum {
@@ -536,32 +537,25 @@ static BcStatus *open_cpu(const BcApi *api, const void **state) {
   return bc_cpu_open(api, getenv("BITCOMPILE_ISA"), state);
 }
 
-#ifdef __linux__
-/* Which the headers of a strict C11 hide. */
-int madvise(void *begin, size_t bytes, int advice);
-unsigned long getauxval(unsigned long type);
-enum { PAGE_SIZE = 6 /* AT_PAGESZ */, HUGE_PAGES = 14 /* MADV_HUGEPAGE */, HUGE = 1 << 21 };
-
-/* Weights are mapped files: asks for huge pages before they are first read, for a decode step reads
- * all of them. Where the kernel or the file system has none, nothing changes. */
 static BcStatus *attach(Kernel *k) {
+  MappedFile *file = NULL;
   for (size_t i = 0; i < k->spec->inputs; i++) {
-    if (!(k->constant & k->spec->bytes_inputs & 1u << i)) continue;
-    size_t bytes = (size_t)bc_elements(&k->fixed[i]);
-    uintptr_t begin = (uintptr_t)k->fixed[i].data, before = begin % getauxval(PAGE_SIZE);
-    if (bytes >= HUGE) (void)madvise((void *)(begin - before), bytes + before, HUGE_PAGES);
+    Tensor *t = &k->fixed[i];
+    if (k->constant & k->spec->bytes_inputs & 1u << i)
+      t->data = bc_huge_pages(t->data, (size_t)bc_elements(t), &file);
   }
+  k->own = file;
   return NULL;
 }
-#endif
+
+static void detach(Kernel *k) { bc_release_pages(k->own); }
 
 static const int types[] = {BC_FLOAT, 0};
 
 const Device bc_cpu_device = {
     .types = types,
     .open = open_cpu,
-#ifdef __linux__
     .attach = attach,
-#endif
+    .detach = detach,
     .compute = {compute_linear, compute_linear, compute_bit_glu, compute_head_linear, compute_roof},
 };

@@ -82,10 +82,10 @@ BARE = ("-isystem", str(CSRC / "libc"), "-fno-stack-protector",
         "-fno-asynchronous-unwind-tables", "-fno-unwind-tables")  # fmt: skip
 """Flags for systems whose C library zig does not know."""
 BIONIC = {
-    "libc.so": """calloc fclose fgetc fopen fprintf fread free fwrite getauxval getenv getpid
-        madvise malloc memcmp memcpy memset mkdir posix_memalign pthread_mutex_lock
-        pthread_mutex_unlock remove rename sched_yield snprintf stderr strchr strcmp strlen
-        strrchr strstr vsnprintf wcslen""",
+    "libc.so": """calloc close fclose fgetc fopen fprintf fread free fwrite getauxval getenv getpid
+        ioctl lseek madvise malloc memcmp memcpy memset mkdir mmap munmap open posix_memalign
+        pthread_mutex_lock pthread_mutex_unlock remove rename sched_yield snprintf stderr strchr
+        strcmp strlen strrchr strstr vsnprintf wcslen""",
     "libdl.so": "dladdr dlopen dlsym",
 }
 """What plugins call of Android's C library; all are there from API level 23 on."""

@@ -32,7 +32,7 @@ GLUE = ("plugin.c", "checks.c")
 """The C sources of every plugin."""
 PROGRAMS = {"calibrate": ("calibrate.c", "host.c")}
 """Programs that some plugins come with, and their C sources."""
-CPU_GLUE = ("cpu.c", "threads.c")
+CPU_GLUE = ("cpu.c", "pages.c", "threads.c")
 NEEDED_BYTES = 32 << 20
 """Free space a compilation may take."""
 
