@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -21,9 +22,11 @@ from bitcompile import numerics
 from bitcompile.custom_ops import OPS
 from bitcompile.packing import CPU_TILE, GROUP_SIZES, T5_TILE, Layout, PackedTernary, groups
 from bitcompile.targets import machine, resolve, x86
+from bitcompile.targets.tir.linking import CSRC, zig
 from tests.single_node import NONE, accumulator_input, isa, model, plugin, session
 from tests.tools import program
 
+HAS_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage").exists()
 ISAS = ["avx512-vbmi", "avx512-vnni", "avx-vnni", "avx2", "portable"]
 TILES = pytest.mark.parametrize("tile", [CPU_TILE, T5_TILE], ids=lambda tile: tile.id)
 SWEEP = settings(
@@ -56,48 +59,106 @@ def test_auto_layout_knows_the_cpus_of_the_variant_that_is_fast_with_t5() -> Non
     assert x86.T5_NEEDS.issubset(machine.cpu_flags()) == runnable("avx512-vbmi")
 
 
-def test_mapped_weights_ask_for_huge_pages(tmp_path: Path) -> None:
+def mappings(file: Path) -> list[tuple[int, bool]]:
+    """Bytes of a file's mappings in this process, and whether they ask for huge pages."""
+    found = []
+    maps = Path("/proc/self/smaps").read_text()
+    for text in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", maps, flags=re.M):
+        if str(file) in text:
+            begin, end = (int(word, 16) for word in text.split(" ", 1)[0].split("-"))
+            found.append((end - begin, "hg" in text.split("VmFlags:")[1].split()))
+    return found
+
+
+def tells_mappings() -> bool:
+    """Whether the kernel answers PROCMAP_QUERY (here: nothing lies at address 0)."""
+    try:
+        with open("/proc/self/maps") as maps:
+            fcntl.ioctl(maps, 0xC0686611, (104).to_bytes(8, "little") + bytes(96))
+    except OSError as error:
+        return error.errno == errno.ENOENT
+    return True
+
+
+def test_mapped_weights_are_read_in_huge_pages(tmp_path: Path) -> None:
     """Linux marks their mapping "hg", where its kernel has huge pages at all.
 
-    Since 6.11 it is one of the whole file, shared by all nodes and sessions and gone with them.
+    Since 6.11 it is one of the whole file, shared by nodes and sessions and gone with the last.
     """
-
-    def tells_mappings() -> bool:
-        """Whether the kernel answers PROCMAP_QUERY (here: nothing lies at address 0)."""
-        try:
-            with open("/proc/self/maps") as maps:
-                fcntl.ioctl(maps, 0xC0686611, (104).to_bytes(8, "little") + bytes(96))
-        except OSError as error:
-            return error.errno == errno.ENOENT
-        return True
-
-    made = model("BitLinear", *linear(np.ones((4096, 2048), np.int8), 1.0))
-    file = tmp_path / "weights.data"
-    onnx.save_model(made, tmp_path / "model.onnx", save_as_external_data=True, location=file.name)
+    rng = np.random.default_rng(3)
+    models = [
+        model("BitLinear", *linear(rng.integers(-1, 2, (4096, 2048)).astype(np.int8), 1.0))
+        for _ in range(2)
+    ]
+    rows = rng.standard_normal((1, 2048)).astype(np.float32)
+    results = [session(made).run(None, {"x": rows})[0] for made in models]
+    assert (results[0] != results[1]).any()
+    path, file = tmp_path / "model.onnx", tmp_path / "weights.data"
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(str(plugin()))
 
-    def mappings() -> list[tuple[int, bool]]:
-        """Bytes of the file's mappings, and whether they ask for huge pages."""
-        maps = Path("/proc/self/smaps").read_text()
-        found = []
-        for text in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", maps, flags=re.M):
-            if str(file) in text:
-                begin, end = (int(word, 16) for word in text.split(" ", 1)[0].split("-"))
-                flags = text.split("VmFlags:")[1].split()
-                assert "rd" in flags
-                found.append((end - begin, "hg" in flags))
-        return found
+    def opened(made: onnx.ModelProto) -> onnxruntime.InferenceSession:
+        """With weights in a new file that takes the name of the one before."""
+        onnx.save_model(made, path, save_as_external_data=True, location="new.data")
+        (tmp_path / "new.data").replace(file)
+        for tensor in (written := onnx.load(path, load_external_data=False)).graph.initializer:
+            for entry in tensor.external_data:
+                entry.value = file.name if entry.key == "location" else entry.value
+        path.write_bytes(written.SerializeToString())
+        return onnxruntime.InferenceSession(path, options)
 
-    sessions = [onnxruntime.InferenceSession(tmp_path / "model.onnx", options) for _ in range(2)]
-    huge = [size for size, asks in mappings() if asks]
-    assert bool(huge) == Path("/sys/kernel/mm/transparent_hugepage").exists()
-    if huge and tells_mappings():
-        assert huge == [-(-file.stat().st_size // mmap.PAGESIZE) * mmap.PAGESIZE]
-    rows = np.ones((1, 2048), np.float32)
-    np.testing.assert_allclose(sessions[0].run(None, {"x": rows})[0], 2048, rtol=1e-6)
-    sessions.clear()
-    assert mappings() == []
+    def huge() -> list[int]:
+        return [size for size, asks in mappings(file) if asks]
+
+    first = opened(models[0])
+    whole = -(-file.stat().st_size // mmap.PAGESIZE) * mmap.PAGESIZE
+    second = onnxruntime.InferenceSession(path, options)
+    assert bool(huge()) == HAS_HUGE_PAGES
+    if HAS_HUGE_PAGES and tells_mappings():
+        assert huge() == [whole]
+    del first
+    assert bool(huge()) == HAS_HUGE_PAGES  # the second reads there
+    np.testing.assert_array_equal(second.run(None, {"x": rows})[0], results[0])
+    other = opened(models[1])
+    for kept, expected in ((second, results[0]), (other, results[1])):
+        np.testing.assert_array_equal(kept.run(None, {"x": rows})[0], expected)
+    del second, other, kept
+    assert mappings(file) == []
+
+
+def test_only_what_a_file_holds_is_read_in_its_huge_pages(tmp_path: Path) -> None:
+    """``pages.c`` alone: clean mappings, one that was written to, and none."""
+    zig(["cc", "-shared", "-fPIC", str(CSRC / "pages.c"), "-o", str(tmp_path / "pages.so")])
+    pages = ctypes.CDLL(str(tmp_path / "pages.so"))
+    pages.bc_huge_pages.restype = ctypes.c_void_p
+    file = tmp_path / "weights.data"
+    np.random.default_rng(5).integers(0, 256, 3 << 20).astype(np.uint8).tofile(file)
+    kept = ctypes.c_void_p()
+
+    def place(array: np.ndarray, first: int, count: int, keep: ctypes.c_void_p = kept) -> int:
+        """Where ``count`` bytes from ``first`` on are to be read, from the array's own place on."""
+        at = ctypes.c_void_p(array.ctypes.data + first)
+        found = pages.bc_huge_pages(at, ctypes.c_size_t(count), ctypes.byref(keep))
+        return int(found) - array.ctypes.data - first
+
+    mapped = np.memmap(file, np.uint8, "c")
+    moved = place(mapped, 70000, 2 << 20)
+    assert bool(moved) == (HAS_HUGE_PAGES and tells_mappings())
+    if not moved:
+        return  # each tensor stays where it is
+    assert place(mapped, 0, 4096) == moved
+    twin = (ctypes.c_uint8 * mapped.size).from_address(mapped.ctypes.data + moved)
+    np.testing.assert_array_equal(np.ctypeslib.as_array(twin), mapped)
+    mapped[90000] ^= 1
+    assert place(mapped, 70000, 2 << 20) == 0
+    assert place(mapped, 1 << 20, 1 << 20) == moved
+    assert place(np.zeros(3 << 20, np.uint8), 0, 3 << 20) == 0
+    copy = tmp_path / "other.data"
+    np.zeros(3 << 20, np.uint8).tofile(copy)
+    assert place(np.memmap(copy, np.uint8, "r"), 0, 3 << 20) == 0  # a node keeps one file
+    assert (mapped.size, True) in mappings(file)
+    pages.bc_release_pages(kept)
+    assert (mapped.size, True) not in mappings(file)
 
 
 @pytest.fixture(scope="module", params=ISAS)

@@ -2,16 +2,17 @@
  * for them: with pages of 2 MiB a product takes a tenth less where memory is fast.
  *
  * ONNX Runtime maps every tensor on its own, and a huge page must lie within one mapping. So the
- * whole file is mapped once more, for all nodes and sessions of the process: memory holds its pages
- * once, and nobody touches them through the other mappings. Where Linux cannot tell what lies at an
- * address (before 6.11) the tensor's own mapping asks for huge pages; where the file system has
- * none, nothing changes. */
+ * whole file is mapped once more, for all nodes and sessions that this library serves: memory holds
+ * its pages once. Where Linux cannot tell what lies at an address (before 6.11) the tensor's own
+ * mapping asks for huge pages; where the file system has none, it is the same pages at another
+ * address. */
 #include "pages.h"
 
 #ifdef __linux__
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 /* Which the headers of a strict C11 hide. */
 int close(int file);
@@ -20,6 +21,7 @@ int madvise(void *begin, size_t bytes, int advice);
 int munmap(void *begin, size_t bytes);
 int open(const char *path, int flags, ...);
 long lseek(int file, long offset, int whence);
+long pread(int file, void *out, size_t bytes, long offset);
 unsigned long getauxval(unsigned long type);
 void *mmap(void *address, size_t bytes, int protection, int flags, int file, long offset);
 enum {
@@ -39,6 +41,10 @@ typedef struct Region { /* struct procmap_query, <linux/fs.h> */
   uint64_t path, id;
 } Region;
 #define PROCMAP_QUERY 0xc0686611ul /* _IOWR('f', 17, struct procmap_query) */
+/* Bits of a page in /proc/self/pagemap (Documentation/admin-guide/mm/pagemap.rst). */
+#define OF_FILE (1ull << 61)
+#define SWAPPED (1ull << 62)
+#define PRESENT (1ull << 63)
 
 struct MappedFile {
   char *base;
@@ -46,6 +52,7 @@ struct MappedFile {
   uint32_t major, minor;
   int users;
   MappedFile *next;
+  char path[];
 };
 static MappedFile *files;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -63,40 +70,80 @@ static int find(const void *data, Region *out, char *path) {
   return !result && path[0] == '/';
 }
 
-static int same(const MappedFile *file, const Region *region) {
-  return file->inode == region->inode && file->major == region->major &&
-         file->minor == region->minor;
+/* Whether memory holds what the file does: a private mapping may have been written to, and then has
+ * pages of its own. */
+static int as_in_file(const void *data, size_t bytes) {
+  uint64_t pages[512];
+  size_t page = getauxval(PAGE_SIZE);
+  uintptr_t next = (uintptr_t)data / page, end = ((uintptr_t)data + bytes + page - 1) / page;
+  int map = open("/proc/self/pagemap", READ_ONLY), equal = map >= 0;
+  while (equal && next < end) {
+    size_t count = end - next < 512 ? end - next : 512;
+    equal = pread(map, pages, count * 8, (long)next * 8) == (long)count * 8;
+    for (size_t i = 0; equal && i < count; i++)
+      equal = !(pages[i] & SWAPPED) && (!(pages[i] & PRESENT) || pages[i] & OF_FILE);
+    next += count;
+  }
+  if (map >= 0) close(map);
+  return equal;
 }
 
-static MappedFile *map_whole(const Region *region, char *path) {
-  MappedFile *file = calloc(1, sizeof *file);
+/* Some file systems number the inodes of their parts alike, so the path counts too. */
+static int same(const MappedFile *file, const Region *region, const char *path) {
+  return file->inode == region->inode && file->major == region->major &&
+         file->minor == region->minor && !strcmp(file->path, path);
+}
+
+static void unmap(MappedFile *file) {
+  munmap(file->base, file->bytes);
+  free(file);
+}
+
+static MappedFile *map_whole(const Region *region, const char *path) {
+  size_t length = strlen(path) + 1;
+  MappedFile *file = calloc(1, sizeof *file + length);
+  char own_path[LONGEST_PATH];
   Region own;
   int opened = open(path, READ_ONLY);
   long bytes = opened < 0 ? -1 : lseek(opened, 0, END);
   void *base = bytes < HUGE ? (void *)-1 : mmap(NULL, (size_t)bytes, READABLE, PRIVATE, opened, 0);
   if (opened >= 0) close(opened);
-  if (base == (void *)-1 || !file) goto fail;
-  *file =
-      (MappedFile){base, (uint64_t)bytes, region->inode, region->major, region->minor, 0, files};
-  /* Another file may have taken the name. */
-  if (madvise(base, (size_t)bytes, HUGE_PAGES) || !find(base, &own, path) || !same(file, &own)) {
-    munmap(base, (size_t)bytes);
-    goto fail;
+  if (base == (void *)-1 || !file) {
+    if (base != (void *)-1) munmap(base, (size_t)bytes);
+    free(file);
+    return NULL;
   }
-  return files = file;
-fail:
-  free(file);
+  file->base = base;
+  file->bytes = (uint64_t)bytes;
+  file->inode = region->inode;
+  file->major = region->major;
+  file->minor = region->minor;
+  memcpy(file->path, path, length);
+  /* Another file may have taken the name. */
+  if (!madvise(base, (size_t)bytes, HUGE_PAGES) && find(base, &own, own_path) &&
+      same(file, &own, own_path))
+    return file;
+  unmap(file);
   return NULL;
 }
 
 static const void *whole(const void *data, size_t bytes, MappedFile **kept) {
   char path[LONGEST_PATH];
   Region region;
-  if (!find(data, &region, path) || (*kept && !same(*kept, &region))) return NULL;
-  MappedFile *file = files;
-  while (file && !same(file, &region)) file = file->next;
-  if (!file) file = map_whole(&region, path);
+  if (!find(data, &region, path) || (uintptr_t)data + bytes > region.end ||
+      (*kept && !same(*kept, &region, path)) || !as_in_file(data, bytes))
+    return NULL;
   uint64_t first = region.offset + ((uintptr_t)data - region.begin);
+  MappedFile *file = files;
+  while (file && !same(file, &region, path)) file = file->next;
+  if (!file && (file = map_whole(&region, path))) {
+    if (first + bytes > file->bytes) {
+      unmap(file);
+      return NULL;
+    }
+    file->next = files;
+    files = file;
+  }
   if (!file || first + bytes > file->bytes) return NULL;
   if (!*kept) file->users++;
   *kept = file;
@@ -120,8 +167,7 @@ void bc_release_pages(MappedFile *file) {
     MappedFile **link = &files;
     while (*link != file) link = &(*link)->next;
     *link = file->next;
-    munmap(file->base, file->bytes);
-    free(file);
+    unmap(file);
   }
   pthread_mutex_unlock(&lock);
 }

@@ -83,9 +83,9 @@ BARE = ("-isystem", str(CSRC / "libc"), "-fno-stack-protector",
 """Flags for systems whose C library zig does not know."""
 BIONIC = {
     "libc.so": """calloc close fclose fgetc fopen fprintf fread free fwrite getauxval getenv getpid
-        ioctl lseek madvise malloc memcmp memcpy memset mkdir mmap munmap open posix_memalign
-        pthread_mutex_lock pthread_mutex_unlock remove rename sched_yield snprintf stderr strchr
-        strcmp strlen strrchr strstr vsnprintf wcslen""",
+        ioctl lseek madvise malloc memcmp memcpy memset mkdir mmap munmap open
+        posix_memalign pread pthread_mutex_lock pthread_mutex_unlock remove rename
+        sched_yield snprintf stderr strchr strcmp strlen strrchr strstr vsnprintf wcslen""",
     "libdl.so": "dladdr dlopen dlsym",
 }
 """What plugins call of Android's C library; all are there from API level 23 on."""

@@ -96,7 +96,7 @@ AVX512_VNNI = Isa(
     decode_field=field_in_place,
     flush_blocks=None,
     features=("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"),
-    gemv=Gemv(streams=1, chains=2, batch=4, prefetch_bytes=8192, prefetch_locality=3),
+    gemv=Gemv(streams=1, chains=2, batch=4, prefetch_bytes=6144, prefetch_locality=3),
     gemm=Gemm(rows=6, tiles=4, k_blocks=32),
     head=Head(rows=4, table_rows=2),
 )

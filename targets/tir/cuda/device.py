@@ -177,13 +177,14 @@ def source(
     lowered = tvm.ir.transform.Sequential(passes)(module)
     text = tvm.get_global_func("target.build.cuda")(lowered, goal).inspect_source()
     kernels = FLOAT_LITERAL.sub(_float32, text[text.index('extern "C"') :])
-    for symbol, count in (residents or {}).items():
-        bounds = re.compile(rf"__launch_bounds__\((\d+)\) {symbol}\(")
-        kernels = bounds.sub(rf"__launch_bounds__(\1, {count}) {symbol}(", kernels)
-    for symbol, count in (registers or {}).items():
-        bounds = re.compile(rf"__launch_bounds__\(\d+\) {symbol}\(")
-        kernels = bounds.sub(f"__maxnreg__({count}) {symbol}(", kernels)
+    bounds = {symbol: rf"__launch_bounds__(\1, {n})" for symbol, n in (residents or {}).items()}
+    bounds |= {symbol: f"__maxnreg__({n})" for symbol, n in (registers or {}).items()}
+    for symbol, bound in bounds.items():
+        pattern = rf"__launch_bounds__\((\d+)\) {symbol}\("
+        kernels, found = re.subn(pattern, rf"{bound} {symbol}(", kernels)
+        assert found, f"TVM gave {symbol} no bound to replace"
     kernels = kernels.replace(TVM_SHARED, f"extern __shared__ __align__({SHARED_ALIGN})")
+    assert kernels.count("extern __shared__") == kernels.count(f"__align__({SHARED_ALIGN})")
     return PRELUDE.read_text("utf-8") + helpers + kernels
 
 

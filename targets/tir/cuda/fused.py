@@ -285,7 +285,7 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
             with when(mine):
 
                 def product(row: Expr, factor: Buffer) -> Expr:
-                    whole = call("int32", "bc_sum_of4", at(room, sums + row * 4))
+                    whole = read("int32", "bc_sum_of4", at(room, sums + row * 4))
                     return variable(T.cast(whole, "float32") * factor[0], "float32")[0]
 
                 result = variable(product(own, factors[0]), "float32")
