@@ -155,7 +155,7 @@ static BcStatus *compute_head(const Kernel *k, BcContext *context) {
   TRY(bc_open_node(k, context, &n));
   if (n.M == 0) return NULL;
   TRY(start(k, context, &run));
-  int64_t most = bc_min64(n.M, bc_min64(HEAD_ROWS, INT32_MAX / k->N)); /* offsets are int32 */
+  int64_t most = bc_min64(n.M, HEAD_ROWS);
   bc_table job = {.table = n.in[1].data,
                   .scale = n.in[2].data,
                   .M = (int32_t)most,

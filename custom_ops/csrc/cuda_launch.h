@@ -40,7 +40,7 @@ typedef struct bc_linear {
   int32_t group_size; /* columns under one scale, a multiple of 16; 0: a whole row. With groups
                          w_scale is [ceil(N / 16), G, 16] */
   float eps;
-  int32_t early; /* weights are constants: they may be read while the kernel before still runs */
+  int32_t early;     /* weights and bias are constants: read while the kernel before still runs */
   int32_t quantised; /* scratch holds the quantised rows already, of a call with the same job */
   /* To compare: 0 leaves the choice here. With groups, tile 1 is for few tokens, and split leaves
    * out Hopper's own kernel. */

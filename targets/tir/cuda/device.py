@@ -30,7 +30,7 @@ KERNEL_LAUNCH = 2
 """TVM's calling convention of a function that a grid of threads runs."""
 TVM_SHARED, SHARED_ALIGN = "extern __shared__ __align__(64)", 128
 """Fixed arrays lie before the memory whose size the host gives. Behind an odd number of 64 bytes, a
-warp's 512 bytes take five reads in place of four: 2 to 5 % of a stack of layers on an H100."""
+warp's 512 bytes take five reads in place of four: 3 % of a stack of layers on an H100."""
 PRELUDE = Path(__file__).with_name("prelude.cuh")
 TARGET = {"kind": "cuda", "arch": "sm_80"}
 """TVM's text is the same for every architecture; the prelude and nvcc know them."""

@@ -32,7 +32,8 @@ class DeviceKernel:
     residents: int = 1
     """Blocks that must fit a multiprocessor at once, which bounds registers."""
     registers: int | None = None
-    """Most registers of a thread, in place of ``residents``."""
+    """Most registers of a thread, in place of ``residents``: blocks that must fit then need not be
+    of the largest size (2 % of a stack of layers on an H100)."""
     feature: str | None = None
     """Only for architectures whose name ends so: instructions that no other has."""
 
