@@ -202,6 +202,10 @@ def gemm(name: str) -> Any:
 # --- wgmma ----------------------------------------------------------------------------------------
 
 
+AHEAD = 4
+"""Units of weights that a warp has under way, a multiple of two steps."""
+
+
 @dataclass(frozen=True)
 class Tile:
     """What a block of ``wgmma`` makes at a time: ROWS rows by ``tokens``, a multiple of 16."""
@@ -211,8 +215,6 @@ class Tile:
     """Units of tokens under way or in use."""
     span: int = 1
     """Units that a warpgroup multiplies in one step: small products are not worth one each."""
-    ahead: int = 4
-    """Units of weights that a warp has under way, a multiple of two steps."""
 
     @property
     def name(self) -> str:
@@ -292,7 +294,7 @@ def wgmma(name: str, tile: Tile) -> Any:
         def work_on() -> None:
             ring, behind = Ring(stages), Ring(stages)
             acc = local(count // 2, "int32")
-            held = local(4 * tile.ahead, "uint32")
+            held = local(4 * AHEAD, "uint32")
             a = [[local(16, "uint32") for _ in range(tile.span)] for _ in range(2)]
             group = T.shift_right(warp, 2)
             own = Ids(ids.block_x, ids.block_y, ids.thread % GROUP_THREADS)
@@ -318,9 +320,9 @@ def wgmma(name: str, tile: Tile) -> Any:
 
             def load_next(i: int, unit: Expr) -> None:
                 """What comes next in a place: of this tile, or of the next."""
-                inside = unit + tile.ahead < units
+                inside = unit + AHEAD < units
                 from_ = T.if_then_else(inside, address[0], following[0])
-                load(i, T.if_then_else(inside, unit + tile.ahead, T.min(i, units - 1)), from_)
+                load(i, T.if_then_else(inside, unit + AHEAD, T.min(i, units - 1)), from_)
 
             def release(count: int) -> None:
                 """The first stages that this warp has not left yet."""
@@ -329,7 +331,7 @@ def wgmma(name: str, tile: Tile) -> Any:
                         do("bc_barrier_arrive", at(feed.free, behind.slot[0]))
                     behind.advance()
 
-            for i in range(tile.ahead):
+            for i in range(AHEAD):
                 load(i, T.min(i, units - 1), address[0])
             do("bc_wait_for_earlier")
 
@@ -381,18 +383,18 @@ def wgmma(name: str, tile: Tile) -> Any:
                 )[0]
                 with when(number + 1 < mine):
                     put(following, go(number + 1))
-                rounds = variable(T.floordiv(units, tile.ahead), "int32")[0]
+                rounds = variable(T.floordiv(units, AHEAD), "int32")[0]
                 with T.serial(rounds) as turn:
-                    for i in range(0, tile.ahead, tile.span):
+                    for i in range(0, AHEAD, tile.span):
                         now, before = a[i // tile.span % 2], a[i // tile.span % 2 - 1]
-                        start(now, i, turn * tile.ahead + i)
+                        start(now, i, turn * AHEAD + i)
                         do("bc_wgmma_wait_before")
                         for one in before:
                             do("bc_keep", at(one, 0))
-                        with when(turn * tile.ahead + i > 0):
+                        with when(turn * AHEAD + i > 0):
                             release(tile.span)
-                for i in range(tile.ahead - 1):
-                    unit = rounds * tile.ahead + i
+                for i in range(AHEAD - 1):
+                    unit = rounds * AHEAD + i
                     with when(unit < units):
                         end_all()
                         start(a[0][:1], i, unit)
