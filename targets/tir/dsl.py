@@ -128,6 +128,19 @@ def halves(value: Expr, lanes: int) -> tuple[Expr, Expr]:
     return low, high
 
 
+def neighbours(vectors: list[Expr], lanes: int) -> tuple[Expr, Expr]:
+    """Lanes 0, 2, 4, ... and lanes 1, 3, 5, ... of ``vectors``, one after the other."""
+    count = len(vectors) * lanes
+    even = Shuffle(vectors, [T.int32(i) for i in range(0, count, 2)])
+    odd = Shuffle(vectors, [T.int32(i) for i in range(1, count, 2)])
+    return even, odd
+
+
+def trailing_ones(number: Expr) -> Expr:
+    """``number`` without all bits from its lowest 0 on."""
+    return T.bitwise_and(number, T.bitwise_not(number + 1))
+
+
 def in_powers(count: Expr, most: int, emit: Callable[[Expr, int], None]) -> None:
     """``emit(first, size)`` for the parts of ``count``: ``most``, a power of two, then smaller."""
     with T.serial(T.floordiv(count, most)) as part:
