@@ -3,10 +3,10 @@
 What counts is the chain from the end of the kernel before to the own last store, so the roles are
 split by warps. Some warps share the columns: each brings, norms and quantises its own units of the
 row and multiplies them with every tile of the block; a warp's columns are a subtree of the pairwise
-sum of squares. *Ending* warps scale and store. One fetches the weights into shared memory, before
-the kernel before has ended, and keeps few on their way at a time: whatever else a multiprocessor
-reads or writes waits behind them. Sums of a tile meet in shared memory, where
-integers may be added in any order; the four lanes that share a row add to places of their own.
+sum of squares. *Ending* warps scale and store. One fetches the weights into shared memory: some
+before the kernel before has ended, the rest as the next one may start, so that neither takes the
+other's share of the memory. Sums of a tile meet in shared memory, where integers may be added in
+any order; the four lanes that share a row add to places of their own.
 
 A multiprocessor should have one block of each kernel, and room for one of the next.
 """
@@ -50,8 +50,8 @@ REGISTERS = 56
 """Of a thread: a block of 18 warps leaves half of them to the next kernel's."""
 PIECES = 8
 """Most copies of weights of a block: one a tile, or two of a long one; a lane opens each."""
-IN_FLIGHT = 3
-"""Copies that are on their way at a time."""
+EARLY = 4
+"""Copies that a block asks for at once; for the rest it waits until the kernel before has ended."""
 
 PARAMETERS = [
     ("x", "uint8*"), ("gamma", "float32*"), ("w", "uint32*"), ("w_scale", "float32*"),
@@ -112,8 +112,6 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
         barrier()
 
         with when(warp == warps + ending), rolled(slots * cuts) as i:
-            with when(i >= IN_FLIGHT):
-                do("bc_landed", at(landed, i - IN_FLIGHT))
             slot, second = T.floordiv(i, cuts), i % cuts
             tile = base + slot + T.if_then_else(slot < count, 0, tiles - count)
             first = second * half
@@ -121,6 +119,9 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
             to = at(room, (slot * units + first) * UNIT_WORDS)
             do("bc_fetch", to, w.data, (long(tile) * units + first) * (UNIT_WORDS * 4),
                many * (UNIT_WORDS * 4), at(landed, i), lane)  # fmt: skip
+            with when(i == T.min(slots * cuts, EARLY) - 1):
+                do("bc_wait_for_earlier")
+                do("bc_let_next_start")
 
         with when(warp < warps):
             own = warp * share
@@ -139,7 +140,6 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
                     with when(k < K):
                         do("bc_load_constant4", at(weights, p * 4), gamma.data, k)
             do("bc_wait_for_earlier")
-            do("bc_let_next_start")
             place = x.data, T.int64(0), own * 32 + lane, T.int32(32), T.floordiv(K, 4)
             if wide:
                 do(f"bc_load_wide<{share}>", at(row, 0), *place)

@@ -46,10 +46,12 @@ Row = Callable[[Expr], Expr]
 
 def gated(activation: Expr, gate: Expr, up: Expr) -> Expr:
     """``act(gate) * up``; ``activation`` counts the gates of ``GATES`` in their order."""
-    result = variable(T.float32(0), "float32")
-    for number, function in enumerate(GATES.values()):
-        with when(activation == number):
-            put(result, function(ARITHMETIC, gate, 1) * up)
+    first, *others = GATES.values()
+    result = variable(first(ARITHMETIC, gate, 1) * up, "float32")
+    with when(activation > 0):  # one jump over all of them
+        for number, function in enumerate(others, 1):
+            with when(activation == number):
+                put(result, function(ARITHMETIC, gate, 1) * up)
     return result[0]
 
 
