@@ -128,12 +128,9 @@ def halves(value: Expr, lanes: int) -> tuple[Expr, Expr]:
     return low, high
 
 
-def neighbours(vectors: list[Expr], lanes: int) -> tuple[Expr, Expr]:
-    """Lanes 0, 2, 4, ... and lanes 1, 3, 5, ... of ``vectors``, one after the other."""
-    count = len(vectors) * lanes
-    even = Shuffle(vectors, [T.int32(i) for i in range(0, count, 2)])
-    odd = Shuffle(vectors, [T.int32(i) for i in range(1, count, 2)])
-    return even, odd
+def lanes_of(vectors: list[Expr], order: Sequence[int]) -> Expr:
+    """A vector of the lanes ``order`` of ``vectors``, counted through all of them."""
+    return Shuffle(vectors, [T.int32(i) for i in order])
 
 
 def trailing_ones(number: Expr) -> Expr:

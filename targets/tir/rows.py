@@ -18,9 +18,9 @@ from bitcompile.targets.tir.dsl import (
     exact,
     halves,
     kernel,
+    lanes_of,
     load,
     local,
-    neighbours,
     round_to_int,
     splat,
     store,
@@ -34,6 +34,12 @@ from bitcompile.targets.tir.isa import Isa
 LANES = 16
 SUBTREE = 256
 """Columns whose squares are added in registers."""
+WITHIN = tuple([at + i for q in range(0, LANES, 4) for at in (q, q + 2, LANES + q, LANES + q + 2)]
+               for i in (0, 1))  # fmt: skip
+"""Lanes of two vectors and their neighbours, by quarters, which is where shuffles are cheap. Twice
+so, four vectors become one whose quarter q has a sum of each one's quarter q."""
+ACROSS = tuple([at + i for q in range(0, 2 * LANES, 8) for at in range(q, q + 4)] for i in (0, 4))
+"""Quarters 0, 2, ... and 1, 3, ...: twice so, four of those become the sums of 16 vectors."""
 LEVELS = 12
 """Enough for rows of SUBTREE * 2**11 columns, twice what an operator takes."""
 INF_BITS = 0x7F800000
@@ -71,12 +77,13 @@ def _squares(x: Buffer, at: Expr) -> Expr:
             v = load(x, at + first * LANES, LANES)
             return held(exact(v * v, LANES), LANES)
         half = vectors // 2
-        even, odd = neighbours([sums(first, half), sums(first + half, half)], LANES)
-        return held(even + odd, LANES)
+        parts = [sums(first, half), sums(first + half, half)]
+        even, odd = WITHIN if vectors <= 4 else ACROSS
+        return held(lanes_of(parts, even) + lanes_of(parts, odd), LANES)
 
     total, lanes = sums(0, SUBTREE // LANES), LANES
     while lanes > 1:
-        even, odd = neighbours([total], lanes)
+        even, odd = (lanes_of([total], range(i, lanes, 2)) for i in (0, 1))
         lanes //= 2
         total = held(even + odd, lanes)
     return total
