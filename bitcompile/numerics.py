@@ -19,8 +19,6 @@ I32 = npt.NDArray[np.int32]
 _f = np.float32
 AMAX_FLOOR = _f(1e-5)
 """Smallest absolute maximum a row is quantised with (transformers, integrations/bitnet.py)."""
-NORM_LANES = 64
-"""Strided partial sums of a sum of squares (see :func:`rms_norm`)."""
 HEAD_LIMIT = _f(16256.0)
 """Largest magnitude of a head activation, 127 * 128 (see :func:`quantize_head_activations`)."""
 
@@ -74,25 +72,29 @@ def ternary_matmul(x: F32, weight: I8, w_scale: F32, group_size: int = 0) -> F32
     return total * (_f(1) / s)
 
 
+def pairwise_sum(values: F32) -> F32:
+    """Sums ``[..., 1]`` of ``values`` ``[..., K]`` by a binary tree over neighbours.
+
+    ``p[j] = p[2 j] + p[2 j + 1]`` until one is left, where a last value without a neighbour stays
+    as it is. Any aligned power of two of neighbours is a subtree of its own, whatever computes it:
+    a vector, a thread, a warp (N. J. Higham, "The accuracy of floating point summation", 1993).
+    """
+    p = np.asarray(values, np.float32)
+    while p.shape[-1] > 1:
+        p = np.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, p.shape[-1] % 2)])
+        p = np.add(p[..., 0::2], p[..., 1::2], dtype=np.float32)
+    return p
+
+
 def rms_norm(x: F32, gamma: F32, eps: float) -> F32:
     """RMSNorm over the last axis, with the summation order fixed.
 
-    ``p[j] = sum_i x[64 i + j]**2`` in order of i, for 64 lanes j; then ``p[j] += p[j + h]`` for
-    h = 32, 16, 8, 4, 2, 1; ``y = (x * fl(1 / sqrt(fl(p[0] / K) + eps))) * gamma``.
+    ``y = (x * fl(1 / sqrt(fl(total / K) + eps))) * gamma``, where ``total`` is the
+    :func:`pairwise_sum` of the squares.
     """
     x = np.asarray(x, np.float32)
-    K = x.shape[-1]
-    pad = -K % NORM_LANES
-    square = np.pad(x * x, [(0, 0)] * (x.ndim - 1) + [(0, pad)])
-    steps = square.reshape(*x.shape[:-1], (K + pad) // NORM_LANES, NORM_LANES)
-    p: F32 = np.zeros((*x.shape[:-1], NORM_LANES), np.float32)
-    for i in range(steps.shape[-2]):
-        p = np.add(p, steps[..., i, :], dtype=np.float32)
-    h = NORM_LANES
-    while h > 1:
-        h //= 2
-        p = (p[..., :h] + p[..., h:]).astype(np.float32)
-    rstd = _f(1) / np.sqrt(p / _f(K) + _f(eps))
+    total = pairwise_sum(x * x)
+    rstd = _f(1) / np.sqrt(total / _f(x.shape[-1]) + _f(eps))
     y: F32 = (x * rstd) * np.asarray(gamma, np.float32)
     return y
 

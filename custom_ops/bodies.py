@@ -96,44 +96,46 @@ def unpack(layout_id: str, w: str = "w") -> str:
     )
 
 
+SUBTREES = (7, 4, 7)
+"""Levels of the tree of a norm's sum between two fillings up with zeros: rows of up to 2**18."""
+
+
 def rms_norm(x: str = "x", gamma: str = "gamma") -> str:
     """``normed``: RMSNorm in the reference's summation order (attribute eps of the function).
 
-    CumSum is sequential by definition, so its last step is the ordered sum of each lane; six
-    halvings join the 64 lanes.
+    A ReduceSum over two values is one addition.
     """
     text = (
-        constant("r_lanes", [-1, 64])
-        + constant("r_64", [64])
-        + constant("r_last", [-1])
-        + constant("r_axis", -2)
-        + constant("r_end", -1)
+        constant("r_last", [-1])
         + constant("r_one", 1.0)
         + constant("r_zeros", [0])
         + "  r_eps = Constant <value_float: float = @eps> ()\n"
         f"  r_k = Shape <start: int = -1> ({x})\n"
         "  r_kf = Cast <to: int = 1> (r_k)\n"
-        "  r_neg = Neg (r_k)\n"
-        "  r_pad = Mod (r_neg, r_64)\n"
-        "  r_pads = Concat <axis: int = 0> (r_zeros, r_pad)\n"
-        f"  r_sq = Mul ({x}, {x})\n"
-        "  r_padded = Pad (r_sq, r_pads, , r_last)\n"
         f"  r_lead = Shape <start: int = 0, end: int = -1> ({x})\n"
-        "  r_shape = Concat <axis: int = 0> (r_lead, r_lanes)\n"
-        "  r_steps = Reshape <allowzero: int = 1> (r_padded, r_shape)\n"
-        "  r_sums = CumSum (r_steps, r_axis)\n"
-        "  r_p64 = Gather <axis: int = -2> (r_sums, r_end)\n"
+        f"  r_p = Mul ({x}, {x})\n"
     )
-    width = 64
-    while width > 1:
-        half = width // 2
+    p = "r_p"
+    for i, levels in enumerate(SUBTREES):
         text += (
-            f"  r_a{half}, r_b{half} = Split <axis: int = -1, num_outputs: int = 2> (r_p{width})\n"
-            f"  r_p{half} = Add (r_a{half}, r_b{half})\n"
+            constant(f"r_size{i}", [2**levels])
+            + constant(f"r_pairs{i}", [-1] + [2] * levels)
+            + f"  r_count{i} = Shape <start: int = -1> ({p})\n"
+            f"  r_minus{i} = Neg (r_count{i})\n"
+            f"  r_pad{i} = Mod (r_minus{i}, r_size{i})\n"
+            f"  r_pads{i} = Concat <axis: int = 0> (r_zeros, r_pad{i})\n"
+            f"  r_full{i} = Pad ({p}, r_pads{i}, , r_last)\n"
+            f"  r_shape{i} = Concat <axis: int = 0> (r_lead, r_pairs{i})\n"
+            f"  r_tree{i}_0 = Reshape <allowzero: int = 1> (r_full{i}, r_shape{i})\n"
         )
-        width = half
+        for level in range(levels):
+            text += (
+                f"  r_tree{i}_{level + 1} = ReduceSum <keepdims: int = 0>"
+                f" (r_tree{i}_{level}, r_last)\n"
+            )
+        p = f"r_tree{i}_{levels}"
     return text + (
-        "  r_mean = Div (r_p1, r_kf)\n"
+        f"  r_mean = Div ({p}, r_kf)\n"
         "  r_var = Add (r_mean, r_eps)\n"
         "  r_std = Sqrt (r_var)\n"
         "  r_inverse = Div (r_one, r_std)\n"

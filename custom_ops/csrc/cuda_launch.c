@@ -220,13 +220,13 @@ static const Fused *fused_way(const bc_linear *job) {
 }
 
 static int32_t fused_warps(const bc_linear *job, const Fused *way) {
-  return (int32_t)(ceil_div(units_of(job), BC_FUSED_SPARE) * BC_FUSED_SPARE / way->share);
+  return (int32_t)ceil_div(units_of(job), way->share);
 }
 
 static int64_t fused_shared(const bc_gpu *gpu, const bc_linear *job, const Fused *way,
                             int64_t step) {
-  int64_t slots = step * pairs_of(job), row = fused_warps(job, way) * way->share + BC_FUSED_SPARE;
-  int64_t needed = (slots * units_of(job) + row) * 512 + slots * TILE_ROWS * 16;
+  int64_t slots = step * pairs_of(job), row = fused_warps(job, way) * way->share * UNIT_COLUMNS;
+  int64_t needed = slots * units_of(job) * 512 + row + slots * TILE_ROWS * 16;
   /* No room for a third block: where one is free, two of the next kernel would share it. */
   int64_t third = job->early ? gpu->shared_limit / 3 : 0;
   return needed > third ? needed : third;
@@ -311,7 +311,7 @@ static int quantise(const bc_gpu *gpu, void *stream, const bc_linear *job, const
                     .has_norm = job->gamma != NULL,
                     .activation = job->gate_in,
                     .eps = job->eps};
-  int64_t room = 4 * (ceil_div(job->K, 512) * 512 + (job->gate_in >= 0 ? BC_ROWS_PART : 0));
+  int64_t room = job->gate_in < 0 ? 0 : 4 * (ceil_div(job->K, 512) * 512 + BC_ROWS_PART);
   int fast = job->K <= BC_ROWS_LONGEST && job->K % 4 == 0 && aligned(job->x) && aligned(job->gamma);
   return launch(gpu, stream, fast ? BC_ROWS : BC_ANY_ROWS, job->M, 1, BC_ROWS_THREADS,
                 fast ? room : 0, (void *[])BC_ROWS_ARGS(a), job->early);

@@ -18,11 +18,13 @@ from bitcompile.targets.tir.dsl import (
     exact,
     halves,
     kernel,
+    lanes_of,
     load,
     local,
     round_to_int,
     splat,
     store,
+    trailing_ones,
     typed,
     when,
 )
@@ -30,6 +32,16 @@ from bitcompile.targets.tir.gates import CPU, GATES, f32
 from bitcompile.targets.tir.isa import Isa
 
 LANES = 16
+SUBTREE = 256
+"""Columns whose squares are added in registers."""
+WITHIN = tuple([at + i for q in range(0, LANES, 4) for at in (q, q + 2, LANES + q, LANES + q + 2)]
+               for i in (0, 1))  # fmt: skip
+"""Lanes of two vectors and their neighbours, by quarters, which is where shuffles are cheap. Twice
+so, four vectors become one whose quarter q has a sum of each one's quarter q."""
+ACROSS = tuple([at + i for q in range(0, 2 * LANES, 8) for at in range(q, q + 4)] for i in (0, 4))
+"""Quarters 0, 2, ... and 1, 3, ...: twice so, four of those become the sums of 16 vectors."""
+LEVELS = 12
+"""Enough for rows of SUBTREE * 2**11 columns, twice what an operator takes."""
 INF_BITS = 0x7F800000
 NAN_BITS = 0x7FC00000
 
@@ -52,37 +64,61 @@ def add_lanes(value: Expr, lanes: int, combine: Callable[[Expr, Expr], Expr]) ->
     return value
 
 
+def _squares(x: Buffer, at: Expr) -> Expr:
+    """The pairwise sum of the squares of SUBTREE values from ``x[at]`` on."""
+
+    def held(value: Expr, lanes: int) -> Expr:
+        result = local(lanes, "float32")
+        store(result, 0, value, lanes)
+        return load(result, 0, lanes)
+
+    def sums(first: int, vectors: int) -> Expr:
+        if vectors == 1:
+            v = load(x, at + first * LANES, LANES)
+            return held(exact(v * v, LANES), LANES)
+        half = vectors // 2
+        parts = [sums(first, half), sums(first + half, half)]
+        even, odd = WITHIN if vectors <= 4 else ACROSS
+        return held(lanes_of(parts, even) + lanes_of(parts, odd), LANES)
+
+    total, lanes = sums(0, SUBTREE // LANES), LANES
+    while lanes > 1:
+        even, odd = (lanes_of([total], range(i, lanes, 2)) for i in (0, 1))
+        lanes //= 2
+        total = held(even + odd, lanes)
+    return total
+
+
 def _reciprocal_rms(x: Buffer, row: Expr, K: Expr, eps: Expr) -> Expr:
-    """``fl(1 / sqrt(mean(x**2) + eps))`` of one row, summed as ``numerics.rms_norm`` says."""
-    groups = numerics.NORM_LANES // LANES
-    sums = local(numerics.NORM_LANES, "float32")
-    for g in range(groups):
-        store(sums, g * LANES, f32(0.0, LANES), LANES)
+    """``fl(1 / sqrt(mean(x**2) + eps))`` of one row; see ``numerics.pairwise_sum``."""
+    done = local(LEVELS, "float32")  # done[i]: a tree of 2**i subtrees, if their number has bit i
+    total = local(1, "float32")
 
-    def add(source: Buffer, at: Expr) -> None:
-        for g in range(groups):
-            v = load(source, at + g * LANES, LANES)
-            square = exact(v * v, LANES)
-            store(sums, g * LANES, load(sums, g * LANES, LANES) + square, LANES)
+    def add(source: Buffer, at: Expr, number: Expr) -> None:
+        store(total, 0, _squares(source, at), 1)
+        level = T.popcount(trailing_ones(number))
+        with T.serial(level) as i:
+            store(total, 0, done[i] + total[0], 1)
+        store(done, level, total[0], 1)
 
-    whole = T.floordiv(K, numerics.NORM_LANES)
+    whole = T.floordiv(K, SUBTREE)
     with T.serial(whole) as i:
-        add(x, row + i * numerics.NORM_LANES)
-    rest = K - whole * numerics.NORM_LANES
+        add(x, row + i * SUBTREE, i)
+    rest = K - whole * SUBTREE
     with when(rest > 0):
-        # Adding the square of a zero leaves a sum as it is.
-        tail = local(numerics.NORM_LANES, "float32")
-        for g in range(groups):
-            store(tail, g * LANES, f32(0.0, LANES), LANES)
+        # Zeros leave a sum as it is.
+        tail = local(SUBTREE, "float32")
+        for i in range(0, SUBTREE, LANES):
+            store(tail, i, f32(0.0, LANES), LANES)
         with T.serial(rest) as i:
-            store(tail, i, x[row + whole * numerics.NORM_LANES + i], 1)
-        add(tail, 0)
-    low, high = (
-        load(sums, h * LANES, LANES) + load(sums, (h + 2) * LANES, LANES) for h in range(2)
-    )
-    total = add_lanes(low + high, LANES, lambda a, b: a + b)
+            store(tail, i, x[row + whole * SUBTREE + i], 1)
+        add(tail, 0, whole)
+    subtrees = T.floordiv(K + (SUBTREE - 1), SUBTREE)
+    store(total, 0, f32(0.0, 1), 1)
+    with T.serial(LEVELS) as i, when(T.bitwise_and(T.shift_right(subtrees, i), 1) == 1):
+        store(total, 0, done[i] + total[0], 1)
     result = local(1, "float32")
-    mean = exact(total / T.cast(K, "float32"), 1)
+    mean = exact(total[0] / T.cast(K, "float32"), 1)
     store(result, 0, f32(1.0, 1) / T.sqrt(mean + eps), 1)
     return result[0]
 

@@ -60,10 +60,21 @@ class Case:
     """Random tensors of one product, and what the reference makes of them."""
 
     def __init__(
-        self, rng: np.random.Generator, M: int, N: int, K: int, dtype: torch.dtype
+        self,
+        rng: np.random.Generator,
+        M: int,
+        N: int,
+        K: int,
+        dtype: torch.dtype,
+        factor: float = 1.0,
+        odd: float | None = None,
     ) -> None:
+        """``factor``: of all rows; ``odd``: a value that stands once in each."""
         self.rng, self.M, self.N, self.K, self.dtype = rng, M, N, K, dtype
-        self.x = on_gpu(self._rows(M, K), dtype)
+        rows = self._rows(M, K) * np.float32(factor)
+        if odd is not None:
+            rows[:, rng.integers(K)] = odd
+        self.x = on_gpu(rows, dtype)
         self.gamma = rng.standard_normal(K).astype(np.float32)
         self.bias = rng.standard_normal(N).astype(np.float32)
         self.residual = on_gpu(rng.standard_normal((M, N)).astype(np.float32), dtype)
@@ -81,6 +92,7 @@ class Case:
         """Ternary weights and scales, and both as the kernels read them."""
         weight = self.rng.integers(-1, 2, (N, K)).astype(np.int8)
         scale = self.rng.random((N, 1)).astype(np.float32) + np.float32(0.01)
+        scale *= self.rng.choice(np.array([-1, 1], np.float32), (N, 1))
         packed = PackedTernary.pack(weight, scale, CUDA_TILE)
         return weight, scale, on_gpu(packed.data), on_gpu(packed.scale)
 
@@ -94,9 +106,10 @@ class Case:
 
 
 def same(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raises AssertionError at the first element whose value differs (NaN equals NaN)."""
+    """Raises AssertionError at the first element that differs: -0 from 0, but no NaN from a NaN."""
     got, expected = got.cpu(), expected.cpu()
-    differs = ~((got == expected) | (got.isnan() & expected.isnan()))
+    alike = (got == expected) & (got.signbit() == expected.signbit())
+    differs = ~(alike | (got.isnan() & expected.isnan()))
     if differs.any():
         at = tuple(differs.nonzero()[0].tolist())
         raise AssertionError(
@@ -314,6 +327,11 @@ def products(seed: int, quick: bool) -> Iterator[Callable[[Launcher], None]]:
             for more in (False, True):
                 yield partial(linear, case=case, norm=True, extras=more, alike=True, tile=tile)
         if M == 1:
+            most, least = (3e3, 1e-6) if dtype == torch.float16 else (1e36, 1e-41)
+            for factor, odd in ((0, None), (most, None), (least, None), (1, np.nan), (1, -np.inf)):
+                lone = Case(rng, M, N, K, dtype, factor, odd)
+                yield partial(linear, case=lone, norm=True, extras=extras)
+                yield partial(linear, case=lone, norm=False, extras=extras)
             for early, more in itertools.product((0, 1), (False, True)):
                 yield partial(linear, case=case, norm=True, extras=more, early=early, split=1)
             yield partial(glu, case=case, gate=number % 4, sub_norm=True, split=1)

@@ -2,11 +2,11 @@
 
 What counts is the chain from the end of the kernel before to the own last store, so the roles are
 split by warps. Some warps share the columns: each brings, norms and quantises its own units of the
-row and multiplies them with every tile of the block. One (of the *ending* warps) adds up the
-squares in their order meanwhile, and they scale and store. One fetches the weights into shared
-memory, before the kernel before has ended, and keeps few on their way at a time: whatever else a
-multiprocessor reads or writes waits behind them. Sums of a tile meet in shared memory, where
-integers may be added in any order; the four lanes that share a row add to places of their own.
+row and multiplies them with every tile of the block; a warp's columns are a subtree of the pairwise
+sum of squares. *Ending* warps scale and store. One fetches the weights into shared memory: some
+before the kernel before has ended, the rest as the next one may start, so that neither takes the
+other's share of the memory. Sums of a tile meet in shared memory, where integers may be added in
+any order; the four lanes that share a row add to places of their own.
 
 A multiprocessor should have one block of each kernel, and room for one of the next.
 """
@@ -28,33 +28,30 @@ from bitcompile.targets.tir.cuda.device import (
     read,
     rolled,
     shared,
-    shuffle_xor,
     variable,
     view,
 )
 from bitcompile.targets.tir.cuda.rows import (
-    LANES,
     gated,
     magnitude,
+    pairwise,
     row_scale,
+    square_sum4,
+    warp_sum,
 )
 from bitcompile.targets.tir.cuda.tile import TILE_ROWS, UNIT_COLUMNS, UNIT_WORDS
 from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, when
 
 MOST_WARPS = {2: 12, 4: 16}
 """Warps that share the row, by the units that each has: rows of up to 3072 or 8192 values."""
-STEPS = 8
-"""Squares of a partial sum that are loaded together."""
-SPARE = STEPS * LANES // UNIT_COLUMNS
-"""Units that the ordered sum may read beyond the row."""
 MOST_TILES = {2: 8, 4: 2}
 """Row tiles of a block, likewise; both of a pair count. *Ending* warps have a lane for each row."""
 REGISTERS = 56
 """Of a thread: a block of 18 warps leaves half of them to the next kernel's."""
 PIECES = 8
 """Most copies of weights of a block: one a tile, or two of a long one; a lane opens each."""
-IN_FLIGHT = 3
-"""Copies that are on their way at a time."""
+EARLY = 4
+"""Copies that a block asks for at once; for the rest it waits until the kernel before has ended."""
 
 PARAMETERS = [
     ("x", "uint8*"), ("gamma", "float32*"), ("w", "uint32*"), ("w_scale", "float32*"),
@@ -72,39 +69,6 @@ def threads(share: int) -> int:
     return 32 * (MOST_WARPS[share] + MOST_TILES[share] // 2 + 1)
 
 
-def ordered_squares(squares: Expr, turns: Expr, lane: Expr) -> Expr:
-    """The sum of squares in shared memory from address ``squares``, by one warp.
-
-    ``turns``: of STEPS each; zeros that fill the row up leave the sums as they are.
-    """
-    sums = [variable(T.float32(0), "float32") for _ in range(2)]
-    halves = [local(2 * STEPS, "float32") for _ in range(2)]
-    from_ = variable(squares + T.cast(lane * 8, "uint32"), "uint32")
-
-    def bring(half: Buffer) -> None:
-        do(f"bc_load_steps<{STEPS}>", at(half, 0), from_[0])
-        put(from_, from_[0] + T.uint32(STEPS * LANES * 4))
-
-    def add(half: Buffer) -> None:
-        for j in range(STEPS):
-            for i in range(2):
-                put(sums[i], sums[i][0] + half[j * 2 + i])
-
-    bring(halves[0])
-    with rolled(T.shift_right(turns, 1)):
-        bring(halves[1])
-        add(halves[0])
-        bring(halves[0])
-        add(halves[1])
-    with when(T.bitwise_and(turns, 1) == 1):
-        add(halves[0])
-    # A lane has sums 2 l and 2 l + 1: the tree joins sums 32, 16, 8, 4, 2, then 1 apart.
-    for distance in (16, 8, 4, 2, 1):
-        for total in sums:
-            put(total, total[0] + shuffle_xor(total[0], distance))
-    return sums[0][0] + sums[1][0]
-
-
 def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
     """``y = scaled(W quantise(norm(x)))`` for one row whose warps have ``share`` units each.
 
@@ -112,8 +76,7 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
     ``W``: units ``[tiles, units]``; ``y`` ``[N]`` of ``type_y``, plus bias ``[N]`` and residual
     like y. With ``gate``, rows n and N + n of W give ``act(gate) * up``. Grid: blocks of ``step``
     tiles. Threads: 32 * (``warps`` + ``ending`` + 1), of which ``ending`` warps have a lane for
-    each row. ``warps * share`` is a multiple of SPARE. Dynamic shared memory: ``fused_shared`` in
-    ``cuda_launch.c``.
+    each row. Dynamic shared memory: ``fused_shared`` in ``cuda_launch.c``.
     """
     pairs = 2 if gate else 1
     cuts = share // 2  # copies a tile
@@ -123,7 +86,7 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
              warps: Expr, ending: Expr, type_x: Expr, type_y: Expr, has_norm: Expr, has_bias: Expr,
              has_residual: Expr, activation: Expr, eps: Expr) -> None:  # fmt: skip
         room = view(dynamic(), "int32")
-        norm, most = shared(1, "float32"), shared(32, "int32")
+        parts, most = shared(MOST_WARPS[share], "float32"), shared(32, "int32")
         landed = shared(PIECES, "uint64")
         lane = ids.lane
         warp = variable(
@@ -132,14 +95,16 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
         base = ids.block_x * step
         count = T.min(step, tiles - base)
         rows, slots = count * TILE_ROWS, count * pairs
-        # Weights, then the row: its squares, then its int8 values. Then sums.
+        # Weights, then the row's int8 values, then sums.
         row_at = step * pairs * units * UNIT_WORDS
-        sums = row_at + (warps * share + SPARE) * UNIT_COLUMNS
+        sums = row_at + warps * (share * (UNIT_COLUMNS // 4))
         meeting = (warps + ending) * 32
         half = T.floordiv(units, 2) if cuts == 2 else units
 
         with when(ids.thread < slots * TILE_ROWS):
             do("bc_clear4", at(room, sums + ids.thread * 4))
+        with when(ids.thread < MOST_WARPS[share]):
+            put(parts, T.float32(0), ids.thread)
         with when(warp == warps + ending):
             with when(lane < slots * cuts):
                 do("bc_landing", at(landed, lane))
@@ -147,8 +112,6 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
         barrier()
 
         with when(warp == warps + ending), rolled(slots * cuts) as i:
-            with when(i >= IN_FLIGHT):
-                do("bc_landed", at(landed, i - IN_FLIGHT))
             slot, second = T.floordiv(i, cuts), i % cuts
             tile = base + slot + T.if_then_else(slot < count, 0, tiles - count)
             first = second * half
@@ -156,35 +119,44 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
             to = at(room, (slot * units + first) * UNIT_WORDS)
             do("bc_fetch", to, w.data, (long(tile) * units + first) * (UNIT_WORDS * 4),
                many * (UNIT_WORDS * 4), at(landed, i), lane)  # fmt: skip
+            with when(i == T.min(slots * cuts, EARLY) - 1):
+                do("bc_wait_for_earlier")
+                do("bc_let_next_start")
 
         with when(warp < warps):
             own = warp * share
             weights = local(4 * share, "float32")  # of the norm
             row = local(4 * share, "float32")
             mine = variable(
-                call("uint32", "bc_shared", at(room, row_at + own * UNIT_COLUMNS)), "uint32"
+                call("uint32", "bc_shared", at(room, row_at + own * (UNIT_COLUMNS // 4))), "uint32"
             )[0]
             for i in range(4 * share):
                 put(weights, T.float32(0), i)
+            length = T.cast(K, "float32")
+            inverse = variable(call("float32", "__frcp_rn", length), "float32")[0]
             with when(has_norm != 0):
                 for p in range(share):
                     k = (own + p) * UNIT_COLUMNS + lane * 4
                     with when(k < K):
                         do("bc_load_constant4", at(weights, p * 4), gamma.data, k)
             do("bc_wait_for_earlier")
-            do("bc_let_next_start")
             place = x.data, T.int64(0), own * 32 + lane, T.int32(32), T.floordiv(K, 4)
             if wide:
                 do(f"bc_load_wide<{share}>", at(row, 0), *place)
             else:
                 do(f"bc_load_narrow<{share}>", at(row, 0), *place, type_x)
             with when(has_norm != 0):
-                for p in range(share):
-                    to = mine + T.cast(p * (UNIT_COLUMNS * 4) + lane * 16, "uint32")
-                    do("bc_store_squares", to, at(row, p * 4))
-                do("bc_meet", meeting)
-                do("bc_meet", meeting)
-                rstd = norm[0]
+                total = warp_sum([square_sum4(row, p * 4) for p in range(share)], lane)
+                with when(lane == 0):
+                    put(parts, total, warp)
+                do("bc_meet_some", warps * 32)
+                shares = local(MOST_WARPS[share], "float32")
+                for i in range(0, MOST_WARPS[share], 4):
+                    do("bc_load_shared4", at(shares, i), at(parts, i))
+                total = pairwise(shares, MOST_WARPS[share])
+                rstd = variable(
+                    call("float32", "bc_reciprocal_rms", total, length, inverse, eps), "float32"
+                )[0]
                 for i in range(4 * share):
                     put(row, (row[i] * rstd) * weights[i], i)
             bits = variable(T.int32(0), "int32")
@@ -203,11 +175,11 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
             for p in range(share):
                 packed = variable(call("int32", "bc_quantized4", at(row, p * 4), scale), "int32")
                 put(part, part[0] + call("int32", "bc_sum4", packed[0]))
-                to = mine + T.cast(p * (UNIT_COLUMNS * 4) + c * 32 + g * 4, "uint32")
+                to = mine + T.cast(p * UNIT_COLUMNS + c * 32 + g * 4, "uint32")
                 do("bc_store_shared", to, packed[0])
             do("__syncwarp")
             for p in range(share):
-                from_ = mine + T.cast(p * (UNIT_COLUMNS * 4) + c * 32, "uint32")
+                from_ = mine + T.cast(p * UNIT_COLUMNS + c * 32, "uint32")
                 do("bc_load_shared8", at(b, p * 8), from_)
             put(part, call("int32", "__reduce_add_sync", T.uint32(0xFFFFFFFF), part[0]))
 
@@ -255,8 +227,6 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
             with when(mine):
                 for i in range(pairs):
                     put(scales[i], w_scale[i * N + n])
-            inverse = variable(call("float32", "__frcp_rn", T.cast(K, "float32")), "float32")[0]
-            squares = variable(call("uint32", "bc_shared", at(room, row_at)), "uint32")[0]
             # Adding -0 changes nothing.
             addend, old = (variable(T.float32(-0.0), "float32") for _ in range(2))
             with when(T.And(has_bias != 0, mine)):
@@ -265,14 +235,6 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
             do("bc_wait_for_earlier")
             with when(T.And(has_residual != 0, mine)):
                 put(old, read("float32", "bc_load", residual.data, long(n), type_y))
-            with when(has_norm != 0):
-                do("bc_meet", meeting)
-                with when(warp == warps):
-                    turns = T.floordiv(warps * share, SPARE)
-                    summed = ordered_squares(squares, turns, lane)
-                    length = T.cast(K, "float32")
-                    put(norm, call("float32", "bc_reciprocal_rms", summed, length, inverse, eps))
-                do("bc_meet", meeting)
             do("bc_meet", meeting)
             bits = variable(most[T.min(lane, warps - 1)], "int32")
             put(bits, call("int32", "__reduce_max_sync", T.uint32(0xFFFFFFFF), bits[0]))

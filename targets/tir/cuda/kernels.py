@@ -82,7 +82,6 @@ SIZES = {
     "BC_ROWS_THREADS": rows.THREADS,
     "BC_ROWS_PART": rows.PART,
     "BC_ROWS_LONGEST": rows.LONGEST,
-    "BC_FUSED_SPARE": fused.SPARE,
     "BC_GEMV_AHEAD": gemv.AHEAD,
     "BC_GEMV_LONGEST": gemv.LONGEST,
     "BC_DECODE_WARPS": decode.WARPS,

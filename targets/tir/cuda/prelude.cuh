@@ -215,12 +215,10 @@ BC_INLINE void bc_load_shared8(int* out, uint address) {
 
 /* A barrier of the block's first threads. */
 BC_INLINE void bc_meet(int threads) { asm volatile("barrier.sync 1, %0;" ::"r"(threads) : "memory"); }
+/* The same for some of them, who meet while others may be on their way to the one above. */
+BC_INLINE void bc_meet_some(int threads) { asm volatile("barrier.sync 2, %0;" ::"r"(threads) : "memory"); }
 BC_INLINE void bc_store_shared(uint address, int v) {
   asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
-}
-BC_INLINE void bc_store_squares(uint address, const float* v) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v[0] * v[0]),
-               "f"(v[1] * v[1]), "f"(v[2] * v[2]), "f"(v[3] * v[3]) : "memory");
 }
 BC_INLINE void bc_add_at(uint address, int v) {
   asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
@@ -231,15 +229,6 @@ BC_INLINE void bc_load_shared_unit_if(uint* out, uint address, int wanted) {
                : "+r"(out[0]), "+r"(out[1]), "+r"(out[2]), "+r"(out[3])
                : "r"(address), "r"(wanted) : "memory");
 }
-/* A lane's two of each of COUNT steps of 64 values; volatile, or they move to where they are used. */
-template <int COUNT>
-BC_INLINE void bc_load_steps(float* out, uint address) {
-#pragma unroll
-  for (int j = 0; j < COUNT; j++)
-    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];"
-                 : "=f"(out[2 * j]), "=f"(out[2 * j + 1]) : "r"(address + j * 256) : "memory");
-}
-
 /* A unit of one token as operand B, the same in every column: word 2 t + i of lane l is word
  * 8 t + 4 i + l % 4. `address`: that of piece l / 8. */
 BC_INLINE void bc_load_token(int* out, uint address) {

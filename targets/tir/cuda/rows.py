@@ -27,14 +27,15 @@ from bitcompile.targets.tir.cuda.device import (
     view,
 )
 from bitcompile.targets.tir.cuda.tile import TOKENS, UNIT_COLUMNS
-from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, when
+from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, trailing_ones, when
 from bitcompile.targets.tir.gates import GATES
 
 THREADS = 256
 WARPS = THREADS // 32
 CHUNK = 2048
-"""Values of a row that wait in shared memory for the ordered sum of squares."""
-LANES = numerics.NORM_LANES
+"""Values of a row that wait in shared memory for their neighbours."""
+LEVELS = 9
+"""Enough for rows of CHUNK * 2**8 columns, twice what an operator takes."""
 INF_BITS = 0x7F800000
 NAN_BITS = 0x7FC00000
 FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16
@@ -45,22 +46,70 @@ Row = Callable[[Expr], Expr]
 
 def gated(activation: Expr, gate: Expr, up: Expr) -> Expr:
     """``act(gate) * up``; ``activation`` counts the gates of ``GATES`` in their order."""
-    result = variable(T.float32(0), "float32")
-    for number, function in enumerate(GATES.values()):
-        with when(activation == number):
-            put(result, function(ARITHMETIC, gate, 1) * up)
+    first, *others = GATES.values()
+    result = variable(first(ARITHMETIC, gate, 1) * up, "float32")
+    with when(activation > 0):  # one jump over all of them
+        for number, function in enumerate(others, 1):
+            with when(activation == number):
+                put(result, function(ARITHMETIC, gate, 1) * up)
     return result[0]
 
 
-def add_square(sums: Buffer, value: Expr) -> None:
-    """Add a square to a lane's sum, two roundings."""
-    put(sums, sums[0] + value * value)
+def pairwise(values: Buffer, count: int) -> Expr:
+    """The pairwise sum of ``count`` values, in place."""
+    while count > 1:
+        for i in range(count // 2):
+            put(values, values[2 * i] + values[2 * i + 1], i)
+        if count % 2:
+            put(values, values[count - 1], count // 2)
+        count = (count + 1) // 2
+    return values[0]
 
 
-def tree(low: Expr, high: Expr) -> Expr:
-    """The sum of a warp's 64 partial sums, lanes i and i + h for h = 32, 16, ..., 1."""
-    total = variable(low + high, "float32")
-    for distance in (16, 8, 4, 2, 1):
+def square_sum4(values: Buffer, first: int) -> Buffer:
+    """The pairwise sum of four squares."""
+    low, high = (values[i] * values[i] + values[i + 1] * values[i + 1] for i in (first, first + 2))
+    return variable(low + high, "float32")
+
+
+def shared_sums(values: list[Buffer], lane: Expr) -> Buffer:
+    """Pairwise sums over a warp's lanes: lane l gets that of ``values[i]``, i = :func:`share_of` l.
+
+    Lanes trade halves of their values, a power of two, so that few shuffles do it.
+    """
+    distance = 1
+    while len(values) > 1:
+        half = len(values) // 2
+        upper = T.bitwise_and(lane, distance) != 0
+        for low, high in zip(values[:half], values[half:], strict=True):
+            given = variable(T.Select(upper, low[0], high[0]), "float32")
+            put(low, T.Select(upper, high[0], low[0]))
+            put(low, low[0] + shuffle_xor(given[0], distance))
+        values = values[:half]
+        distance *= 2
+    (total,) = values
+    while distance < 32:
+        put(total, total[0] + shuffle_xor(total[0], distance))
+        distance *= 2
+    return total
+
+
+def share_of(lane: Expr, count: int) -> Expr:
+    """Whose sum of ``count`` a lane has: the number's bits stand in the lane's the other way."""
+    number, bit = T.int32(0), 1
+    while count > 1:
+        count //= 2
+        number = number + T.Select(T.bitwise_and(lane, bit) != 0, T.int32(count), T.int32(0))
+        bit *= 2
+    return number
+
+
+def warp_sum(values: list[Buffer], lane: Expr) -> Expr:
+    """The pairwise sum of a warp's values, ``values[i]`` of lane l being number ``32 i + l``."""
+    distance = len(values)
+    total = shared_sums(values, lane)
+    while distance > 1:
+        distance //= 2
         put(total, total[0] + shuffle_xor(total[0], distance))
     return total[0]
 
@@ -117,10 +166,12 @@ def block_max(ids: Ids, value: Expr, room: Buffer) -> Expr:
 
 
 def _rstd(ids: Ids, row: Row, K: Expr, eps: Expr) -> Expr:
-    """The reciprocal RMS of a row: all threads bring values, one warp adds them in order."""
-    waiting, result = shared(CHUNK, "float32"), shared(1, "float32")
-    low, high = (variable(T.float32(0), "float32") for _ in range(2))
-    with T.serial(T.floordiv(K + (CHUNK - 1), CHUNK)) as chunk:
+    """The reciprocal RMS of a row of which every thread brings values."""
+    waiting, parts = shared(CHUNK, "float32"), shared(WARPS, "float32")
+    # done[i]: a tree of 2**i chunks, if their number has bit i
+    done = [variable(T.float32(0), "float32") for _ in range(LEVELS)]
+    chunks = T.floordiv(K + (CHUNK - 1), CHUNK)
+    with T.serial(chunks) as chunk:
         first = chunk * CHUNK
 
         def bring(i: Expr) -> None:
@@ -132,14 +183,30 @@ def _rstd(ids: Ids, row: Row, K: Expr, eps: Expr) -> Expr:
         barrier()
         each(ids, CHUNK, bring)
         barrier()
-        with when(ids.warp == 0), T.serial(CHUNK // LANES) as i:
-            add_square(low, waiting[i * LANES + ids.lane])
-            add_square(high, waiting[i * LANES + 32 + ids.lane])
-    with when(ids.warp == 0):
-        total = tree(low[0], high[0])
-        put(result, reciprocal_rms(total, K, eps))
-    barrier()
-    return result[0]
+        squares, shares = local(CHUNK // THREADS, "float32"), local(WARPS, "float32")
+        for i in range(CHUNK // THREADS):
+            value = waiting[ids.thread * (CHUNK // THREADS) + i]
+            put(squares, value * value, i)
+        own = variable(pairwise(squares, CHUNK // THREADS), "float32")
+        part = warp_sum([own], ids.lane)
+        with when(ids.lane == 0):
+            put(parts, part, ids.warp)
+        barrier()
+        for i in range(WARPS):
+            put(shares, parts[i], i)
+        total = variable(pairwise(shares, WARPS), "float32")
+        ones = trailing_ones(chunk)
+        for level in range(LEVELS):
+            with when(T.bitwise_and(T.shift_right(ones, level), 1) == 1):
+                put(total, done[level][0] + total[0])
+        for level in range(LEVELS):
+            with when(ones == (1 << level) - 1):
+                put(done[level], total[0])
+    whole = variable(T.float32(0), "float32")
+    for level in range(LEVELS):
+        with when(T.bitwise_and(T.shift_right(chunks, level), 1) == 1):
+            put(whole, done[level][0] + whole[0])
+    return variable(reciprocal_rms(whole[0], K, eps), "float32")[0]
 
 
 PARAMETERS = [
@@ -228,29 +295,11 @@ LONGEST = THREADS * TURNS * 4
 """Longest row of :func:`rows`."""
 
 
-def ordered_sum(values: Buffer, start: Expr, count: Expr, lane: Expr) -> Expr:
-    """The sum of squares of a row in shared memory, by one warp; ``count``: multiples of 512.
-
-    Zeros that fill the row up leave the sums as they are.
-    """
-    low, high = (variable(T.float32(0), "float32") for _ in range(2))
-    lows, highs = local(8, "float32"), local(8, "float32")
-    with T.serial(T.floordiv(count, 8 * LANES)) as turn:
-        for j in range(8):
-            at_lane = start + (turn * 8 + j) * LANES + lane
-            put(lows, values[at_lane], j)
-            put(highs, values[at_lane + 32], j)
-        for j in range(8):
-            add_square(low, lows[j])
-            add_square(high, highs[j])
-    return tree(low[0], high[0])
-
-
 def rows(name: str) -> Any:
     """Rows of at most LONGEST values, a multiple of 4, aligned: a thread keeps its share.
 
-    The arguments are those of :func:`any_rows`. Dynamic shared memory: K rounded up to 512 floats,
-    and PART more with a gate.
+    The arguments are those of :func:`any_rows`. Dynamic shared memory, with a gate: K rounded up
+    to 512 floats, and PART more.
     """
 
     def body(ids: Ids, x: Buffer, gamma: Buffer, q: Buffer, s: Buffer, qsum: Buffer, K: Expr,
@@ -258,7 +307,7 @@ def rows(name: str) -> Any:
              activation: Expr, eps: Expr) -> None:  # fmt: skip
         m = ids.block_x
         most, sums = shared(WARPS, "int32"), shared(WARPS, "int32")
-        norm = shared(1, "float32")
+        units = shared(TURNS * WARPS, "float32")  # sums of squares of 128 neighbours
         row = view(dynamic(), "float32")  # K values, and with a gate PART more
         held, others = local(4 * TURNS, "float32"), local(16, "float32")
         words = T.floordiv(K, 4)
@@ -292,21 +341,20 @@ def rows(name: str) -> Any:
                         gate_at = at(row, half * PART + word * 4)
                         do("bc_load_shared4", at(held, half * 16 + turn * 4), gate_at)
         with when(has_norm != 0):
-            for turn in range(TURNS):
-                word = turn * THREADS + ids.thread
-                with when(word * 4 < filled):
-                    do("bc_store_shared4", at(row, word * 4), at(held, turn * 4))
+            squares = [square_sum4(held, turn * 4) for turn in range(TURNS)]
+            own = shared_sums(squares, ids.lane)
+            with when(ids.lane < TURNS):
+                put(units, own[0], share_of(ids.lane, TURNS) * WARPS + ids.warp)
             barrier()
-            with when(ids.warp == 0):
-                total = ordered_sum(row, T.int32(0), filled, ids.lane)
-                put(norm, reciprocal_rms(total, K, eps))
-            barrier()
+            pair = variable(units[ids.lane * 2] + units[ids.lane * 2 + 1], "float32")
+            total = warp_sum([pair], ids.lane)
+            rstd = variable(reciprocal_rms(total, K, eps), "float32")[0]
             for turn in range(TURNS):
                 word = turn * THREADS + ids.thread
                 with when(word < words):
                     do("bc_load4", at(others, 0), gamma.data, long(word * 4), FLOAT)
                     for j in range(4):
-                        put(held, (held[turn * 4 + j] * norm[0]) * others[j], turn * 4 + j)
+                        put(held, (held[turn * 4 + j] * rstd) * others[j], turn * 4 + j)
         bits = variable(T.int32(0), "int32")
         for i in range(4 * TURNS):
             put(bits, T.max(bits[0], magnitude(held[i])))

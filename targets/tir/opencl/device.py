@@ -103,6 +103,17 @@ def join(values: Buffer, item: Expr, width: int, combine: Callable[[Expr, Expr],
         h //= 2
 
 
+def join_neighbours(values: Buffer, item: Expr, width: int) -> None:
+    """``values[0]`` = the pairwise sum of all ``width`` values, for every item."""
+    h = 1
+    barrier()
+    while h < width:
+        with T.If(item % (2 * h) == 0), T.Then():
+            T.buffer_store(values, values[item] + values[item + h], [item])
+        barrier()
+        h *= 2
+
+
 def source(functions: Mapping[str, Any]) -> str:
     """OpenCL C of ``{name: PrimFunc}``, the prelude first."""
     goal = tvm.target.Target({"kind": "opencl"})
