@@ -420,7 +420,20 @@ def write(
         "files": _file_table(folder),
     }
     _write_manifest(folder, manifest)
+    _leave_to_readers(folder / DATA)
     return Artifact(folder, manifest)
+
+
+def _leave_to_readers(path: Path) -> None:
+    """Drop a file from the page cache, where it can be told to.
+
+    What has been written lies there in small pages. Where the plugin has it read in again, Linux
+    gives huge ones (``custom_ops/csrc/pages.c``), with which a token takes 4 to 6 % less time.
+    """
+    if path.exists() and hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # only what the disk has is dropped
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _save_model(folder: Path, lowered: Lowered) -> None:

@@ -67,6 +67,27 @@ def test_names_no_path_of_this_machine(original: Artifact) -> None:
         assert str(Path.cwd()) not in text
 
 
+def test_weights_are_dropped_from_the_page_cache_when_they_are_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[tuple[str, object]] = []
+    digest, advise = artifact.sha256, os.posix_fadvise
+
+    def hashed(path: Path) -> str:
+        steps.append(("hash", path.name))
+        return digest(path)
+
+    def advised(file: int, *rest: int) -> None:
+        steps.append((Path(os.readlink(f"/proc/self/fd/{file}")).name, rest))
+        advise(file, *rest)
+
+    monkeypatch.setattr(artifact, "sha256", hashed)
+    monkeypatch.setattr(os, "posix_fadvise", advised)
+    artifacts.write(tmp_path / "out")
+    assert ("hash", "model.onnx.data") in steps
+    assert steps[-1] == ("model.onnx.data", (0, 0, os.POSIX_FADV_DONTNEED))
+
+
 def test_manifest_says_how_it_was_built(original: Artifact) -> None:
     manifest = original.manifest
     assert manifest["source"] == "toy"
