@@ -133,11 +133,6 @@ def lanes_of(vectors: list[Expr], order: Sequence[int]) -> Expr:
     return Shuffle(vectors, [T.int32(i) for i in order])
 
 
-def trailing_ones(number: Expr) -> Expr:
-    """``number`` without all bits from its lowest 0 on."""
-    return T.bitwise_and(number, T.bitwise_not(number + 1))
-
-
 def in_powers(count: Expr, most: int, emit: Callable[[Expr, int], None]) -> None:
     """``emit(first, size)`` for the parts of ``count``: ``most``, a power of two, then smaller."""
     with T.serial(T.floordiv(count, most)) as part:

@@ -24,12 +24,12 @@ from bitcompile.targets.tir.dsl import (
     round_to_int,
     splat,
     store,
-    trailing_ones,
     typed,
     when,
 )
 from bitcompile.targets.tir.gates import CPU, GATES, f32
 from bitcompile.targets.tir.isa import Isa
+from bitcompile.targets.tir.subtrees import Subtrees
 
 LANES = 16
 SUBTREE = 256
@@ -40,8 +40,6 @@ WITHIN = tuple([at + i for q in range(0, LANES, 4) for at in (q, q + 2, LANES + 
 so, four vectors become one whose quarter q has a sum of each one's quarter q."""
 ACROSS = tuple([at + i for q in range(0, 2 * LANES, 8) for at in range(q, q + 4)] for i in (0, 4))
 """Quarters 0, 2, ... and 1, 3, ...: twice so, four of those become the sums of 16 vectors."""
-LEVELS = 12
-"""Enough for rows of SUBTREE * 2**11 columns, twice what an operator takes."""
 INF_BITS = 0x7F800000
 NAN_BITS = 0x7FC00000
 
@@ -91,15 +89,12 @@ def _squares(x: Buffer, at: Expr) -> Expr:
 
 def _reciprocal_rms(x: Buffer, row: Expr, K: Expr, eps: Expr) -> Expr:
     """``fl(1 / sqrt(mean(x**2) + eps))`` of one row; see ``numerics.pairwise_sum``."""
-    done = local(LEVELS, "float32")  # done[i]: a tree of 2**i subtrees, if their number has bit i
+    subtrees = Subtrees(SUBTREE)
     total = local(1, "float32")
 
     def add(source: Buffer, at: Expr, number: Expr) -> None:
         store(total, 0, _squares(source, at), 1)
-        level = T.popcount(trailing_ones(number))
-        with T.serial(level) as i:
-            store(total, 0, done[i] + total[0], 1)
-        store(done, level, total[0], 1)
+        subtrees.add(total, number)
 
     whole = T.floordiv(K, SUBTREE)
     with T.serial(whole) as i:
@@ -113,12 +108,9 @@ def _reciprocal_rms(x: Buffer, row: Expr, K: Expr, eps: Expr) -> Expr:
         with T.serial(rest) as i:
             store(tail, i, x[row + whole * SUBTREE + i], 1)
         add(tail, 0, whole)
-    subtrees = T.floordiv(K + (SUBTREE - 1), SUBTREE)
-    store(total, 0, f32(0.0, 1), 1)
-    with T.serial(LEVELS) as i, when(T.bitwise_and(T.shift_right(subtrees, i), 1) == 1):
-        store(total, 0, done[i] + total[0], 1)
+    whole_row = subtrees.total(T.floordiv(K + (SUBTREE - 1), SUBTREE))
     result = local(1, "float32")
-    mean = exact(total[0] / T.cast(K, "float32"), 1)
+    mean = exact(whole_row / T.cast(K, "float32"), 1)
     store(result, 0, f32(1.0, 1) / T.sqrt(mean + eps), 1)
     return result[0]
 

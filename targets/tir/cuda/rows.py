@@ -27,15 +27,14 @@ from bitcompile.targets.tir.cuda.device import (
     view,
 )
 from bitcompile.targets.tir.cuda.tile import TOKENS, UNIT_COLUMNS
-from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, trailing_ones, when
+from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, when
 from bitcompile.targets.tir.gates import GATES
+from bitcompile.targets.tir.subtrees import Subtrees
 
 THREADS = 256
 WARPS = THREADS // 32
 CHUNK = 2048
 """Values of a row that wait in shared memory for their neighbours."""
-LEVELS = 9
-"""Enough for rows of CHUNK * 2**8 columns, twice what an operator takes."""
 INF_BITS = 0x7F800000
 NAN_BITS = 0x7FC00000
 FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16
@@ -168,8 +167,7 @@ def block_max(ids: Ids, value: Expr, room: Buffer) -> Expr:
 def _rstd(ids: Ids, row: Row, K: Expr, eps: Expr) -> Expr:
     """The reciprocal RMS of a row of which every thread brings values."""
     waiting, parts = shared(CHUNK, "float32"), shared(WARPS, "float32")
-    # done[i]: a tree of 2**i chunks, if their number has bit i
-    done = [variable(T.float32(0), "float32") for _ in range(LEVELS)]
+    subtrees = Subtrees(CHUNK)
     chunks = T.floordiv(K + (CHUNK - 1), CHUNK)
     with T.serial(chunks) as chunk:
         first = chunk * CHUNK
@@ -195,18 +193,8 @@ def _rstd(ids: Ids, row: Row, K: Expr, eps: Expr) -> Expr:
         for i in range(WARPS):
             put(shares, parts[i], i)
         total = variable(pairwise(shares, WARPS), "float32")
-        ones = trailing_ones(chunk)
-        for level in range(LEVELS):
-            with when(T.bitwise_and(T.shift_right(ones, level), 1) == 1):
-                put(total, done[level][0] + total[0])
-        for level in range(LEVELS):
-            with when(ones == (1 << level) - 1):
-                put(done[level], total[0])
-    whole = variable(T.float32(0), "float32")
-    for level in range(LEVELS):
-        with when(T.bitwise_and(T.shift_right(chunks, level), 1) == 1):
-            put(whole, done[level][0] + whole[0])
-    return variable(reciprocal_rms(whole[0], K, eps), "float32")[0]
+        subtrees.add(total, chunk)
+    return variable(reciprocal_rms(subtrees.total(chunks), K, eps), "float32")[0]
 
 
 PARAMETERS = [

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bitcompile import numerics
-from bitcompile.targets.tir.dsl import Buffer, Expr, T, trailing_ones, when
+from bitcompile.targets.tir.dsl import Buffer, Expr, T, local, when
 from bitcompile.targets.tir.gates import GATES, f32
 from bitcompile.targets.tir.opencl.device import (
     ARITHMETIC,
@@ -22,13 +22,12 @@ from bitcompile.targets.tir.opencl.device import (
     shared,
 )
 from bitcompile.targets.tir.rows import INF_BITS, NAN_BITS
+from bitcompile.targets.tir.subtrees import Subtrees
 
 LANES = 64
 """Work-items of a row."""
 RUN = 16
 """Neighbours whose squares an item adds."""
-LEVELS = 10
-"""Enough for rows of LANES * RUN * 2**9 columns, twice what an operator takes."""
 ONES = 0x01010101
 Element = Callable[[Expr], Expr]
 
@@ -49,14 +48,7 @@ def _joined(item: Expr, value: Expr, dtype: str, combine: Callable[[Expr, Expr],
 
 def _reciprocal_rms(x: Buffer, row: Expr, item: Expr, K: Expr, eps: Expr) -> Expr:
     """``fl(1 / sqrt(mean(x**2) + eps))`` of one row; see ``numerics.pairwise_sum``."""
-
-    def variable() -> Buffer:
-        result = T.alloc_buffer((1,), "float32", scope="local")
-        T.buffer_store(result, f32(0.0, 1), [0])
-        return result
-
-    # done[i]: a tree of 2**i turns, if their number has bit i
-    done, total = [variable() for _ in range(LEVELS)], variable()
+    subtrees, total = Subtrees(LANES * RUN), local(1, "float32")
     values = shared(LANES, "float32")
     turns = T.floordiv(K + (LANES * RUN - 1), LANES * RUN)
     with T.serial(turns) as turn:
@@ -72,20 +64,10 @@ def _reciprocal_rms(x: Buffer, row: Expr, item: Expr, K: Expr, eps: Expr) -> Exp
 
         T.buffer_store(values, squares(0, RUN), [item])
         join_neighbours(values, item, LANES)
-        carry = variable()
-        T.buffer_store(carry, values[0], [0])
+        T.buffer_store(total, values[0], [0])
         barrier()
-        ones = kept(trailing_ones(turn), "int32")
-        for level in range(LEVELS):
-            with when(T.bitwise_and(T.shift_right(ones, level), 1) == 1):
-                T.buffer_store(carry, done[level][0] + carry[0], [0])
-        for level in range(LEVELS):
-            with when(ones == (1 << level) - 1):
-                T.buffer_store(done[level], carry[0], [0])
-    for level in range(LEVELS):
-        with when(T.bitwise_and(T.shift_right(turns, level), 1) == 1):
-            T.buffer_store(total, done[level][0] + total[0], [0])
-    mean = kept(divide(total[0], T.cast(K, "float32")))
+        subtrees.add(total, turn)
+    mean = kept(divide(subtrees.total(turns), T.cast(K, "float32")))
     return kept(divide(f32(1.0, 1), call("float32", "bc_sqrt", mean + eps)))
 
 
