@@ -75,8 +75,8 @@ def ternary_matmul(x: F32, weight: I8, w_scale: F32, group_size: int = 0) -> F32
 def pairwise_sum(values: F32) -> F32:
     """Sums ``[..., 1]`` of ``values`` ``[..., K]`` by a binary tree over neighbours.
 
-    ``p[j] = p[2 j] + p[2 j + 1]`` until one is left, where a last value without a neighbour stays
-    as it is. Any aligned power of two of neighbours is a subtree of its own, whatever computes it:
+    ``p[j] = p[2 j] + p[2 j + 1]`` until one is left; a zero is the neighbour of a last value that
+    has none. Any aligned power of two of neighbours is a subtree of its own, whatever computes it:
     a vector, a thread, a warp (N. J. Higham, "The accuracy of floating point summation", 1993).
     """
     p = np.asarray(values, np.float32)

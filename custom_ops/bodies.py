@@ -97,43 +97,43 @@ def unpack(layout_id: str, w: str = "w") -> str:
 
 
 SUBTREES = (7, 4, 7)
-"""Levels of the tree of a norm's sum between two fillings up with zeros: rows of up to 2**18."""
+"""Levels of the tree of a norm's sum, between which zeros fill a row up: for K up to 2**18."""
 
 
 def rms_norm(x: str = "x", gamma: str = "gamma") -> str:
     """``normed``: RMSNorm in the reference's summation order (attribute eps of the function).
 
-    A ReduceSum over two values is one addition.
+    A ReduceSum over two values is one addition; of two axes, which every provider takes.
     """
     text = (
         constant("r_last", [-1])
+        + constant("r_two", [-1, 2])
         + constant("r_one", 1.0)
         + constant("r_zeros", [0])
         + "  r_eps = Constant <value_float: float = @eps> ()\n"
         f"  r_k = Shape <start: int = -1> ({x})\n"
         "  r_kf = Cast <to: int = 1> (r_k)\n"
         f"  r_lead = Shape <start: int = 0, end: int = -1> ({x})\n"
+        "  r_shape = Concat <axis: int = 0> (r_lead, r_last)\n"
         f"  r_p = Mul ({x}, {x})\n"
     )
     p = "r_p"
     for i, levels in enumerate(SUBTREES):
         text += (
-            constant(f"r_size{i}", [2**levels])
-            + constant(f"r_pairs{i}", [-1] + [2] * levels)
-            + f"  r_count{i} = Shape <start: int = -1> ({p})\n"
+            constant(f"r_size{i}", [2**levels]) + f"  r_count{i} = Shape <start: int = -1> ({p})\n"
             f"  r_minus{i} = Neg (r_count{i})\n"
             f"  r_pad{i} = Mod (r_minus{i}, r_size{i})\n"
             f"  r_pads{i} = Concat <axis: int = 0> (r_zeros, r_pad{i})\n"
-            f"  r_full{i} = Pad ({p}, r_pads{i}, , r_last)\n"
-            f"  r_shape{i} = Concat <axis: int = 0> (r_lead, r_pairs{i})\n"
-            f"  r_tree{i}_0 = Reshape <allowzero: int = 1> (r_full{i}, r_shape{i})\n"
+            f"  r_sums{i}_0 = Pad ({p}, r_pads{i}, , r_last)\n"
         )
         for level in range(levels):
             text += (
-                f"  r_tree{i}_{level + 1} = ReduceSum <keepdims: int = 0>"
-                f" (r_tree{i}_{level}, r_last)\n"
+                f"  r_pairs{i}_{level} = Reshape <allowzero: int = 1> (r_sums{i}_{level}, r_two)\n"
+                f"  r_sums{i}_{level + 1} = ReduceSum <keepdims: int = 0>"
+                f" (r_pairs{i}_{level}, r_last)\n"
             )
-        p = f"r_tree{i}_{levels}"
+        p = f"r_rows{i}"
+        text += f"  {p} = Reshape <allowzero: int = 1> (r_sums{i}_{levels}, r_shape)\n"
     return text + (
         f"  r_mean = Div ({p}, r_kf)\n"
         "  r_var = Add (r_mean, r_eps)\n"

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 from bitcompile import numerics
+from bitcompile.custom_ops import bodies
+from bitcompile.targets.tir import subtrees
+from bitcompile.targets.tir.linking import CSRC
 
 
 def test_quantisation_is_what_torch_computes() -> None:
@@ -42,12 +47,31 @@ def test_rms_norm_agrees_with_float64() -> None:
 
 
 def test_rms_norm_sums_in_the_written_order() -> None:
-    """Lane 0 holds 1 and 2**-24 in this order; any other order rounds differently."""
+    """The two small squares are neighbours and meet first: one by one, 1 would swallow them."""
     x = np.zeros((1, 129), np.float32)
-    x[0, [0, 64, 128]] = np.sqrt(np.float32([1, 2**-24, 2**-24]))
-    # (1 + 2**-24) + 2**-24 = 1 in float32 (ties to even), 1 + 2**-23 if the small ones met first.
+    x[0, [0, 2, 3]] = np.sqrt(np.float32([1, 2**-24, 2**-24]))
     y = numerics.rms_norm(x, np.ones(129, np.float32), 0.0)
-    assert y[0, 0] == np.float32(1) / np.sqrt(np.float32(1) / np.float32(129))
+    assert y[0, 0] == np.float32(1) / np.sqrt(np.float32(1 + 2**-23) / np.float32(129))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 13, 64, 100])
+def test_pairwise_sums_are_those_of_a_recursion(count: int) -> None:
+    def total(values: np.ndarray) -> np.float32:
+        if len(values) == 1:
+            return np.float32(values[0])
+        half = 1 << (len(values) - 1).bit_length() - 1
+        return np.float32(total(values[:half]) + total(values[half:]))
+
+    values = np.random.default_rng(count).standard_normal((4, count)).astype(np.float32)
+    expected = np.array([[total(row)] for row in values])
+    np.testing.assert_array_equal(numerics.pairwise_sum(values), expected)
+
+
+def test_rows_have_as_many_subtrees_as_an_operator_takes() -> None:
+    header = (CSRC / "ops.h").read_text("utf-8")
+    found = re.search(r"MAX_K = 1 << (\d+),", header)
+    assert found
+    assert 1 << int(found[1]) == subtrees.MOST_COLUMNS == 1 << sum(bodies.SUBTREES)
 
 
 @pytest.mark.parametrize(

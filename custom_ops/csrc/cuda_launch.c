@@ -311,7 +311,7 @@ static int quantise(const bc_gpu *gpu, void *stream, const bc_linear *job, const
                     .has_norm = job->gamma != NULL,
                     .activation = job->gate_in,
                     .eps = job->eps};
-  int64_t room = job->gate_in < 0 ? 0 : 4 * (ceil_div(job->K, 512) * 512 + BC_ROWS_PART);
+  int64_t room = job->gate_in < 0 ? 0 : 4 * ((int64_t)job->K + BC_ROWS_PART);
   int fast = job->K <= BC_ROWS_LONGEST && job->K % 4 == 0 && aligned(job->x) && aligned(job->gamma);
   return launch(gpu, stream, fast ? BC_ROWS : BC_ANY_ROWS, job->M, 1, BC_ROWS_THREADS,
                 fast ? room : 0, (void *[])BC_ROWS_ARGS(a), job->early);

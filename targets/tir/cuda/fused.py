@@ -5,7 +5,7 @@ split by warps. Some warps share the columns: each brings, norms and quantises i
 row and multiplies them with every tile of the block; a warp's columns are a subtree of the pairwise
 sum of squares. *Ending* warps scale and store. One fetches the weights into shared memory: some
 before the kernel before has ended, the rest as the next one may start, so that neither takes the
-other's share of the memory. Sums of a tile meet in shared memory, where integers may be added in
+other's bandwidth. Sums of a tile meet in shared memory, where integers may be added in
 any order; the four lanes that share a row add to places of their own.
 
 A multiprocessor should have one block of each kernel, and room for one of the next.
@@ -51,7 +51,8 @@ REGISTERS = 56
 PIECES = 8
 """Most copies of weights of a block: one a tile, or two of a long one; a lane opens each."""
 EARLY = 4
-"""Copies that a block asks for at once; for the rest it waits until the kernel before has ended."""
+"""Copies that a block asks for at once; for the rest it waits until the kernel before has ended,
+where kernels overlap."""
 
 PARAMETERS = [
     ("x", "uint8*"), ("gamma", "float32*"), ("w", "uint32*"), ("w_scale", "float32*"),
@@ -86,7 +87,7 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
              warps: Expr, ending: Expr, type_x: Expr, type_y: Expr, has_norm: Expr, has_bias: Expr,
              has_residual: Expr, activation: Expr, eps: Expr) -> None:  # fmt: skip
         room = view(dynamic(), "int32")
-        parts, most = shared(MOST_WARPS[share], "float32"), shared(32, "int32")
+        sums_of_warps, most = shared(MOST_WARPS[share], "float32"), shared(32, "int32")
         landed = shared(PIECES, "uint64")
         lane = ids.lane
         warp = variable(
@@ -104,7 +105,7 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
         with when(ids.thread < slots * TILE_ROWS):
             do("bc_clear4", at(room, sums + ids.thread * 4))
         with when(ids.thread < MOST_WARPS[share]):
-            put(parts, T.float32(0), ids.thread)
+            put(sums_of_warps, T.float32(0), ids.thread)
         with when(warp == warps + ending):
             with when(lane < slots * cuts):
                 do("bc_landing", at(landed, lane))
@@ -146,14 +147,14 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
             else:
                 do(f"bc_load_narrow<{share}>", at(row, 0), *place, type_x)
             with when(has_norm != 0):
-                total = warp_sum([square_sum4(row, p * 4) for p in range(share)], lane)
+                own_sum = warp_sum([square_sum4(row, p * 4) for p in range(share)], lane)
                 with when(lane == 0):
-                    put(parts, total, warp)
+                    put(sums_of_warps, own_sum, warp)
                 do("bc_meet_some", warps * 32)
-                shares = local(MOST_WARPS[share], "float32")
+                squares = local(MOST_WARPS[share], "float32")
                 for i in range(0, MOST_WARPS[share], 4):
-                    do("bc_load_shared4", at(shares, i), at(parts, i))
-                total = pairwise(shares, MOST_WARPS[share])
+                    do("bc_load_shared4", at(squares, i), at(sums_of_warps, i))
+                total = pairwise(squares, MOST_WARPS[share])
                 rstd = variable(
                     call("float32", "bc_reciprocal_rms", total, length, inverse, eps), "float32"
                 )[0]

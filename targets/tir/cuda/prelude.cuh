@@ -215,7 +215,7 @@ BC_INLINE void bc_load_shared8(int* out, uint address) {
 
 /* A barrier of the block's first threads. */
 BC_INLINE void bc_meet(int threads) { asm volatile("barrier.sync 1, %0;" ::"r"(threads) : "memory"); }
-/* The same for some of them, who meet while others may be on their way to the one above. */
+/* The same for the warps that share a row, while others may be on their way to the one above. */
 BC_INLINE void bc_meet_some(int threads) { asm volatile("barrier.sync 2, %0;" ::"r"(threads) : "memory"); }
 BC_INLINE void bc_store_shared(uint address, int v) {
   asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(v) : "memory");

@@ -71,10 +71,11 @@ def square_sum4(values: Buffer, first: int) -> Buffer:
     return variable(low + high, "float32")
 
 
-def shared_sums(values: list[Buffer], lane: Expr) -> Buffer:
-    """Pairwise sums over a warp's lanes: lane l gets that of ``values[i]``, i = :func:`share_of` l.
+def traded_sums(values: list[Buffer], lane: Expr) -> Buffer:
+    """Pairwise sums over a warp's lanes: lane l gets that of values :func:`sum_of_lane` (l).
 
-    Lanes trade halves of their values, a power of two, so that few shuffles do it.
+    Lanes trade halves of their ``values``, a power of two, so that few shuffles do it; these are
+    overwritten.
     """
     distance = 1
     while len(values) > 1:
@@ -93,8 +94,8 @@ def shared_sums(values: list[Buffer], lane: Expr) -> Buffer:
     return total
 
 
-def share_of(lane: Expr, count: int) -> Expr:
-    """Whose sum of ``count`` a lane has: the number's bits stand in the lane's the other way."""
+def sum_of_lane(lane: Expr, count: int) -> Expr:
+    """Which of ``count`` sums :func:`traded_sums` leaves a lane: its low bits, the other way."""
     number, bit = T.int32(0), 1
     while count > 1:
         count //= 2
@@ -106,7 +107,7 @@ def share_of(lane: Expr, count: int) -> Expr:
 def warp_sum(values: list[Buffer], lane: Expr) -> Expr:
     """The pairwise sum of a warp's values, ``values[i]`` of lane l being number ``32 i + l``."""
     distance = len(values)
-    total = shared_sums(values, lane)
+    total = traded_sums(values, lane)
     while distance > 1:
         distance //= 2
         put(total, total[0] + shuffle_xor(total[0], distance))
@@ -286,8 +287,8 @@ LONGEST = THREADS * TURNS * 4
 def rows(name: str) -> Any:
     """Rows of at most LONGEST values, a multiple of 4, aligned: a thread keeps its share.
 
-    The arguments are those of :func:`any_rows`. Dynamic shared memory, with a gate: K rounded up
-    to 512 floats, and PART more.
+    The arguments are those of :func:`any_rows`. Dynamic shared memory, with a gate: K + PART
+    floats.
     """
 
     def body(ids: Ids, x: Buffer, gamma: Buffer, q: Buffer, s: Buffer, qsum: Buffer, K: Expr,
@@ -296,10 +297,9 @@ def rows(name: str) -> Any:
         m = ids.block_x
         most, sums = shared(WARPS, "int32"), shared(WARPS, "int32")
         units = shared(TURNS * WARPS, "float32")  # sums of squares of 128 neighbours
-        row = view(dynamic(), "float32")  # K values, and with a gate PART more
+        row = view(dynamic(), "float32")  # with a gate: K values of it, PART of the other half
         held, others = local(4 * TURNS, "float32"), local(16, "float32")
         words = T.floordiv(K, 4)
-        filled = T.floordiv(K + 511, 512) * 512
         do("bc_let_next_start")
         do("bc_wait_for_earlier")
         for i in range(4 * TURNS):
@@ -314,25 +314,25 @@ def rows(name: str) -> Any:
                 do("bc_load_row4", at(others, 0), x.data, start + K, first, THREADS, words, FLOAT)
                 for turn in range(4):  # through shared memory: registers have no index
                     word = turn * THREADS + ids.thread
-                    with when(half * PART + word * 4 < filled):
+                    with when(half * PART + word * 4 < K):
                         gate_at = at(row, half * PART + word * 4)
                         do("bc_store_shared4", gate_at, at(held, half * 16 + turn * 4))
-                        do("bc_store_shared4", at(row, filled + word * 4), at(others, turn * 4))
+                        do("bc_store_shared4", at(row, K + word * 4), at(others, turn * 4))
                 with T.serial(16) as i:
                     own = (T.floordiv(i, 4) * THREADS + ids.thread) * 4 + i % 4
                     with when(half * PART + own < K):
-                        gate, up = row[half * PART + own], row[filled + own]
+                        gate, up = row[half * PART + own], row[K + own]
                         put(row, gated(activation, gate, up), half * PART + own)
                 for turn in range(4):
                     word = turn * THREADS + ids.thread
-                    with when(half * PART + word * 4 < filled):
+                    with when(half * PART + word * 4 < K):
                         gate_at = at(row, half * PART + word * 4)
                         do("bc_load_shared4", at(held, half * 16 + turn * 4), gate_at)
         with when(has_norm != 0):
             squares = [square_sum4(held, turn * 4) for turn in range(TURNS)]
-            own = shared_sums(squares, ids.lane)
+            own = traded_sums(squares, ids.lane)
             with when(ids.lane < TURNS):
-                put(units, own[0], share_of(ids.lane, TURNS) * WARPS + ids.warp)
+                put(units, own[0], sum_of_lane(ids.lane, TURNS) * WARPS + ids.warp)
             barrier()
             pair = variable(units[ids.lane * 2] + units[ids.lane * 2 + 1], "float32")
             total = warp_sum([pair], ids.lane)

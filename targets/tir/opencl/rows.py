@@ -27,7 +27,7 @@ from bitcompile.targets.tir.subtrees import Subtrees
 LANES = 64
 """Work-items of a row."""
 RUN = 16
-"""Neighbours whose squares an item adds."""
+"""Sums of four neighbours that an item adds."""
 ONES = 0x01010101
 Element = Callable[[Expr], Expr]
 
@@ -48,21 +48,30 @@ def _joined(item: Expr, value: Expr, dtype: str, combine: Callable[[Expr, Expr],
 
 def _reciprocal_rms(x: Buffer, row: Expr, item: Expr, K: Expr, eps: Expr) -> Expr:
     """``fl(1 / sqrt(mean(x**2) + eps))`` of one row; see ``numerics.pairwise_sum``."""
-    subtrees, total = Subtrees(LANES * RUN), local(1, "float32")
-    values = shared(LANES, "float32")
-    turns = T.floordiv(K + (LANES * RUN - 1), LANES * RUN)
+    columns = LANES * RUN * 4
+    subtrees, total = Subtrees(columns), local(1, "float32")
+    quads, values = shared(LANES * (RUN + 1), "float32"), shared(LANES, "float32")
+    turns = T.floordiv(K + (columns - 1), columns)
     with T.serial(turns) as turn:
-        first = (turn * LANES + item) * RUN
-
-        def squares(start: int, count: int) -> Expr:
-            if count == 1:
-                k = first + start
+        for i in range(RUN):  # neighbours are loaded by neighbours
+            quad = i * LANES + item
+            first = turn * columns + quad * 4
+            squares = []
+            for k in (first + j for j in range(4)):
                 value = kept(T.if_then_else(k < K, x[row + k], f32(0.0, 1)))
-                return kept(value * value)
-            half = count // 2
-            return kept(squares(start, half) + squares(start + half, half))
+                squares.append(kept(value * value))
+            low, high = kept(squares[0] + squares[1]), kept(squares[2] + squares[3])
+            # A free place after each run: items read at once from different banks.
+            T.buffer_store(quads, low + high, [quad + T.floordiv(quad, RUN)])
+        barrier()
 
-        T.buffer_store(values, squares(0, RUN), [item])
+        def run(first: int, count: int) -> Expr:
+            if count == 1:
+                return kept(quads[item * (RUN + 1) + first])
+            half = count // 2
+            return kept(run(first, half) + run(first + half, half))
+
+        T.buffer_store(values, run(0, RUN), [item])
         join_neighbours(values, item, LANES)
         T.buffer_store(total, values[0], [0])
         barrier()
