@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import bitcompile
-from bitcompile.targets.tir.cuda.compiler import IMAGES
+from bitcompile.targets.tir.cuda.compiler import IMAGES, Image
 from bitcompile.targets.tir.cuda.kernels import TILES
 from bitcompile.targets.tir.cuda.plugin import device_code, write_sources
 from bitcompile.targets.tir.linking import CSRC, zig
@@ -36,16 +37,21 @@ def carry(folder: Path, arch: str | None = None) -> None:
         (folder / package / "__init__.py").write_text("")
     variants = {"tiles": [t.tokens for t in TILES]}
     (folder / "tests" / "gpu" / "variants.json").write_text(json.dumps(variants))
-    build = folder / "build"
-    build.mkdir(exist_ok=True)
     images = [image for image in IMAGES if arch in (None, image.arch)]
-    sources = write_sources(build.absolute(), device_code(images))
+    link_launcher(folder / LIBRARY, device_code(images))
+
+
+def link_launcher(library: Path, images: Mapping[Image, bytes]) -> None:
+    """The launch functions alone with device code, as a shared library."""
+    build = library.absolute().with_name("build")
+    build.mkdir(exist_ok=True)
+    sources = write_sources(build, images)
     stand_in = build / "device.c"  # the operators, which the launch functions do without
     stand_in.write_text("const char bc_cuda_device[1];\n")
     sources.append(stand_in)
     options = ["-std=c11", "-O2", "-fPIC", "-shared", "-fno-sanitize=all", "-ldl"]
     inputs = [f"-I{CSRC}", f"-I{build}", *map(str, sources), str(CSRC / "cuda_launch.c")]
-    zig(["cc", "-target", TRIPLE, *options, *inputs, "-o", str(folder / LIBRARY)])
+    zig(["cc", "-target", TRIPLE, *options, *inputs, "-o", str(library)])
     shutil.rmtree(build)
 
 

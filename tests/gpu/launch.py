@@ -10,33 +10,13 @@ from typing import Any
 
 import torch
 
+from tests.gpu.jobs import LinearJob, TableJob
+
 NO_GATE, MMA_TILE = -1, -1
 TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}
 GATES = ("relu2", "silu", "gelu_tanh", "gelu_erf")
 VARIANTS = json.loads(Path(__file__).with_name("variants.json").read_text())
 """What ``tile`` numbers from 1 on: tokens of ``tiles``."""
-
-
-class LinearJob(ctypes.Structure):
-    """``bc_linear``."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in
-          ("x", "gamma", "w", "w_scale", "bias", "residual", "y")),
-        *((name, ctypes.c_int32) for name in
-          ("M", "N", "K", "type_x", "type_y", "gate_in", "gate_out", "group_size")),
-        ("eps", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("early", "quantised", "step", "tile", "split")),
-    ]  # fmt: skip
-
-
-class TableJob(ctypes.Structure):
-    """``bc_table``."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "table", "scale", "y")),
-        *((name, ctypes.c_int32) for name in ("M", "V", "K", "type_x", "bits", "block", "early")),
-    ]  # fmt: skip
 
 
 class Launcher:
