@@ -19,13 +19,11 @@ import numpy as np
 
 from bitcompile import numerics
 from bitcompile.packing import CUDA_TILE, PackedTernary
-from tests.gpu.jobs import LinearJob
+from tests.gpu.jobs import GATES, NO_GATE, LinearJob
 
 LIBRARY, KERNELS_TEXT = "bitcompile_cuda.so", "kernels.inc"
 TYPES = {1: np.float32, 10: np.float16, 16: ml_dtypes.bfloat16}
 """By ONNX's number."""
-GATES = ("relu2", "silu", "gelu_tanh", "gelu_erf")
-NO_GATE = -1
 EPS = 1e-5
 NAMES = r"bc_(rows|any_rows|fused\w+)"
 C_TYPES = {"uint8": "uchar", "uint32": "uint", "int32": "int", "float32": "float"}

@@ -14,15 +14,8 @@ import torch
 
 from bitcompile import numerics
 from bitcompile.packing import CUDA_TILE, PackedTernary
-from tests.gpu.launch import (
-    GATES,
-    NO_GATE,
-    TYPES,
-    VARIANTS,
-    Launcher,
-    Linear,
-    TableJob,
-)
+from tests.gpu.jobs import GATES, NO_GATE, TableJob
+from tests.gpu.launch import TYPES, VARIANTS, Launcher, Linear
 
 SHAPES = ((1, 1), (16, 128), (17, 129), (70, 100), (129, 257), (200, 640), (333, 1021), (260, 2050))
 TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 40, 129, 300)

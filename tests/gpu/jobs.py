@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import ctypes
 
+NO_GATE = -1
+GATES = ("relu2", "silu", "gelu_tanh", "gelu_erf")
+"""In the order of the operators' numbers."""
+
 
 class LinearJob(ctypes.Structure):
     """``bc_linear``."""

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from tests.gpu.jobs import LinearJob, TableJob
+from tests.gpu.jobs import NO_GATE, LinearJob, TableJob
 
-NO_GATE, MMA_TILE = -1, -1
+MMA_TILE = -1
 TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}
-GATES = ("relu2", "silu", "gelu_tanh", "gelu_erf")
 VARIANTS = json.loads(Path(__file__).with_name("variants.json").read_text())
 """What ``tile`` numbers from 1 on: tokens of ``tiles``."""
 

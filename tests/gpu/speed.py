@@ -13,7 +13,8 @@ from functools import partial
 import torch
 
 from tests.gpu.exact import random_weights
-from tests.gpu.launch import NO_GATE, TYPES, VARIANTS, Launcher, Linear, TableJob
+from tests.gpu.jobs import NO_GATE, TableJob
+from tests.gpu.launch import TYPES, VARIANTS, Launcher, Linear
 
 SHAPES = ((2560, 2560), (6912, 2560), (2560, 6912), (3840, 2560), (13824, 2560))
 """The products of BitNet b1.58 2B-4T, ``(N, K)``."""

@@ -179,8 +179,7 @@ def _rstd(ids: Ids, row: Row, K: Expr, eps: Expr) -> Expr:
                 put(value, row(first + i))
             put(waiting, value[0], i)
 
-        barrier()
-        each(ids, CHUNK, bring)
+        each(ids, CHUNK, bring)  # nobody reads these any more: all have met since
         barrier()
         squares, shares = local(CHUNK // THREADS, "float32"), local(WARPS, "float32")
         for i in range(CHUNK // THREADS):

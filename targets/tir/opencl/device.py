@@ -93,23 +93,12 @@ ARITHMETIC = Arithmetic(
 
 
 def join(values: Buffer, item: Expr, width: int, combine: Callable[[Expr, Expr], Expr]) -> None:
-    """``values[0]`` = all ``width`` values (a power of two) joined by halving, for every item."""
-    h = width // 2
-    barrier()
-    while h:
-        with T.If(item < h), T.Then():
-            T.buffer_store(values, combine(values[item], values[item + h]), [item])
-        barrier()
-        h //= 2
-
-
-def join_neighbours(values: Buffer, item: Expr, width: int) -> None:
-    """``values[0]`` = the pairwise sum of all ``width`` values, for every item."""
+    """``values[0]`` = all ``width`` values, a power of two, joined by neighbours, for all items."""
     h = 1
     barrier()
     while h < width:
         with T.If(item % (2 * h) == 0), T.Then():
-            T.buffer_store(values, values[item] + values[item + h], [item])
+            T.buffer_store(values, combine(values[item], values[item + h]), [item])
         barrier()
         h *= 2
 

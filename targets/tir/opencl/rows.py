@@ -16,7 +16,6 @@ from bitcompile.targets.tir.opencl.device import (
     device_kernel,
     divide,
     join,
-    join_neighbours,
     kept,
     rounded,
     shared,
@@ -39,7 +38,7 @@ def _strided(item: Expr, count: Expr, each: Callable[[Expr], None]) -> None:
 
 
 def _joined(item: Expr, value: Expr, dtype: str, combine: Callable[[Expr, Expr], Expr]) -> Expr:
-    """All items' ``value`` joined by halving, in every item."""
+    """All items' ``value`` joined, in every item."""
     values = shared(LANES, dtype)
     T.buffer_store(values, value, [item])
     join(values, item, LANES, combine)
@@ -72,7 +71,7 @@ def _reciprocal_rms(x: Buffer, row: Expr, item: Expr, K: Expr, eps: Expr) -> Exp
             return kept(run(first, half) + run(first + half, half))
 
         T.buffer_store(values, run(0, RUN), [item])
-        join_neighbours(values, item, LANES)
+        join(values, item, LANES, lambda a, b: a + b)
         T.buffer_store(total, values[0], [0])
         barrier()
         subtrees.add(total, turn)
