@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import bitcompile
+from bitcompile.targets.tir.cuda import gemv
 from bitcompile.targets.tir.cuda.compiler import IMAGES, Image
 from bitcompile.targets.tir.cuda.kernels import TILES
 from bitcompile.targets.tir.cuda.plugin import device_code, write_sources
@@ -35,7 +36,7 @@ def carry(folder: Path, arch: str | None = None) -> None:
             shutil.copy(source / name, target / name)
     for package in ("bitcompile", "tests"):
         (folder / package / "__init__.py").write_text("")
-    variants = {"tiles": [t.tokens for t in TILES]}
+    variants = {"tiles": [t.tokens for t in TILES], "longest": gemv.LONGEST}
     (folder / "tests" / "gpu" / "variants.json").write_text(json.dumps(variants))
     images = [image for image in IMAGES if arch in (None, image.arch)]
     link_launcher(folder / LIBRARY, device_code(images))

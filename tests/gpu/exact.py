@@ -138,8 +138,9 @@ def linear(launcher: Launcher, case: Case, norm: bool, extras: bool, alike: bool
     if scratch.numel() > 1:
         groups = -(-case.M // 8) if case.M <= 16 else -(-case.M // 256) * 32
         q, _ = numerics.quantize_activations(normed)
-        plain = scratch[: case.K].view(torch.int8)[None]  # of one token
-        got = plain if case.M == 1 else unpack_tokens(scratch, case.M, case.K, groups)
+        plain = case.M == 1 and case.K <= VARIANTS["longest"]
+        got = (scratch[: case.K].view(torch.int8)[None] if plain
+               else unpack_tokens(scratch, case.M, case.K, groups))  # fmt: skip
         same(f"{what}: q", got.float(), torch.from_numpy(q).float())
     same(what, product.y, case.narrow(y.astype(np.float32)))
 
