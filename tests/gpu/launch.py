@@ -15,7 +15,7 @@ from tests.gpu.jobs import NO_GATE, LinearJob, TableJob
 MMA_TILE = -1
 TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}
 VARIANTS = json.loads(Path(__file__).with_name("variants.json").read_text())
-"""What ``tile`` numbers from 1 on: tokens of ``tiles``; ``longest``: row of the one-token kernel."""
+"""What ``tile`` numbers from 1 on: tokens of ``tiles``; ``longest``: row of the kernel for one."""
 
 
 class Launcher:
