@@ -138,8 +138,7 @@ def linear(launcher: Launcher, case: Case, norm: bool, extras: bool, alike: bool
     if scratch.numel() > 1:
         groups = -(-case.M // 8) if case.M <= 16 else -(-case.M // 256) * 32
         q, _ = numerics.quantize_activations(normed)
-        longest = VARIANTS["longest"]
-        plain = case.M == 1 and case.K <= longest
+        plain = case.M == 1 and VARIANTS["longest"] >= case.K
         got = (scratch[: case.K].view(torch.int8)[None] if plain
                else unpack_tokens(scratch, case.M, case.K, groups))  # fmt: skip
         same(f"{what}: q", got.float(), torch.from_numpy(q).float())
