@@ -116,7 +116,7 @@ def _reshape(node: ir.Node, inputs: Sequence[Any]) -> Array:
 
 def _axes(node: ir.Node, inputs: Sequence[Any]) -> tuple[int, ...] | None:
     if len(inputs) > 1 and inputs[1] is not None:
-        return tuple(int(axis) for axis in inputs[1].reshape(-1))
+        return tuple(int(axis) for axis in inputs[1].reshape(-1)) or None
     return tuple(node.attributes.get_ints("axes", ())) or None
 
 

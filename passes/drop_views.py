@@ -98,7 +98,7 @@ def _regroup(atoms: list[_Atom], target: tuple[int | str, ...]) -> _Axes | None:
             if not atoms:
                 return None
             source, before, part = atoms.pop(0)
-            if isinstance(left, str) or isinstance(part, str):
+            if isinstance(left, str) or isinstance(part, str) or 0 in (left, part):
                 if left != part:
                     return None
                 left = 1

@@ -7,7 +7,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from bitcompile.passes import graph as edit
-from bitcompile.passes.norms import norm_of
+from bitcompile.passes.norms import norm_of, over_rows
 from bitcompile.passing import Pass, Record, Refusal
 
 LOGITS = "logits"
@@ -34,7 +34,7 @@ class LastLogits(Pass):
         if head is None:
             return self._refuse(f"logits come from {edit.describe(logits)}, not from a MatMul")
         norm = norm_of(head.inputs[0])
-        first = norm if norm is not None and edit.shared(norm.outputs[0]) is None else head
+        first = norm if norm is not None and _by_position(norm) else head
         hidden = first.inputs[0]
         shape = edit.dims(hidden)
         if hidden is None or shape is None or len(shape) != 3:
@@ -55,3 +55,10 @@ class LastLogits(Pass):
 
     def _refuse(self, reason: str) -> Record:
         return Record(self.name, 0, (Refusal(LOGITS, reason),))
+
+
+def _by_position(norm: ir.Node) -> bool:
+    """Whether a norm that the head alone reads does the same to every position."""
+    gamma = edit.dims(norm.inputs[1])
+    alike = gamma is not None and len(gamma) == 1
+    return alike and over_rows(norm) and edit.shared(norm.outputs[0]) is None

@@ -18,13 +18,19 @@ def epsilon(norm: ir.Node) -> float:
     return float(np.float32(norm.attributes.get_float("epsilon", 1e-5)))
 
 
+def over_rows(norm: ir.Node) -> bool:
+    """Whether it norms along the last axis alone."""
+    shape = norm.inputs[0].shape if norm.inputs[0] is not None else None
+    axis = norm.attributes.get_int("axis", -1)
+    return axis == -1 or (shape is not None and axis == len(shape) - 1)
+
+
 def unfusable(norm: ir.Node, size: int) -> str | None:
     """Why a norm over rows of ``size`` cannot vanish into its user; None if it can."""
     if (reason := edit.shared(norm.outputs[0])) is not None:
         return f"the normalised {reason}"
-    shape = norm.inputs[0].shape if norm.inputs[0] is not None else None
-    axis = norm.attributes.get_int("axis", -1)
-    if axis != -1 and (shape is None or axis != len(shape) - 1):
+    if not over_rows(norm):
+        axis = norm.attributes.get_int("axis", -1)
         return f"RMSNormalization starts at axis {axis}, not at the last"
     gamma = edit.dims(norm.inputs[1])
     if gamma != (size,):

@@ -154,12 +154,12 @@ class _Tables:
     def __init__(self, graph: ir.Graph, bits: int | None) -> None:
         self.graph = graph
         self.bits = bits or 8
-        self._quantized: dict[int, tuple[ir.Value, ir.Value]] = {}
-        self._floats: dict[int, ir.Value] = {}
+        self._quantized: dict[tuple[int, bool], tuple[ir.Value, ir.Value]] = {}
+        self._floats: dict[tuple[int, bool], ir.Value] = {}
 
     def quantized(self, table: Table) -> tuple[ir.Value, ir.Value]:
         """Codes ``[V, B, bytes]`` and scale ``[V, B, 1]``, which embedding and head share."""
-        key = id(table.tensor)
+        key = id(table.tensor), table.transposed
         if key not in self._quantized:
             codes, scale = quantize_rows(table, self.bits)
             name = table.value.name or "table"
@@ -171,7 +171,7 @@ class _Tables:
 
     def floats(self, table: Table) -> ir.Value:
         """The table as float32 ``[V, K]``, converted when somebody reads it."""
-        key = id(table.tensor)
+        key = id(table.tensor), table.transposed
         if key not in self._floats:
             if table.tensor.dtype == ir.DataType.FLOAT and not table.transposed:
                 self._floats[key] = table.value
@@ -240,7 +240,9 @@ def _table_of(value: ir.Value | None, *, transposed: bool) -> Table | None:
         if node is None or node.domain or node.op_type not in ("Cast", "Transpose"):
             return None
         if node.op_type == "Transpose":
-            transposed = not transposed
+            transposed ^= list(node.attributes.get_ints("perm", (1, 0))) == [1, 0]
+        elif not ir.DataType(node.attributes.get_int("to", 0)).is_floating_point():
+            return None
         value = node.inputs[0]
     return None
 

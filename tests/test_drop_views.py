@@ -96,6 +96,13 @@ def test_equal_axes_that_change_places_stay() -> None:
     assert not record.modified
 
 
+def test_no_elements_at_all() -> None:
+    none: list[Step] = [("Reshape", [0, 2, 2], [0, 2, 2]), ("Reshape", [0, 4], [0, 4])]
+    model = chain(none, source=[0, 4])
+    run(model, [DropViews()])
+    assert run_model(model, {"x": np.zeros((0, 4), np.float32)})[0].shape == (0, 4)
+
+
 def test_only_the_inner_part_of_a_chain_goes() -> None:
     back: Step = ("Transpose", [0, 2, 1, 3], ["b", "s", 3, 16])
     model = chain([SPLIT, SWAP, back, SWAP])

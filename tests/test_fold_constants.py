@@ -16,6 +16,7 @@ from tests.graphs import Array, Build, ops, run_model
 RNG = np.random.default_rng(5)
 X = {"x": RNG.standard_normal((2, 6)).astype(np.float32)}
 A = RNG.standard_normal((2, 6)).astype(np.float32)
+NO_AXES = np.zeros(0, np.int64)
 I8 = RNG.integers(-5, 5, (2, 6)).astype(np.int8)
 
 
@@ -86,6 +87,9 @@ CASES: dict[str, tuple[list[Array], dict[str, Any]]] = {
     "ReduceMax": ([A, np.array([1])], {"keepdims": 0}),
     "ReduceMean": ([A], {}),
     "ReduceSum": ([A, np.array([0])], {}),
+    "ReduceMax along no axes, which means all": ([A, NO_AXES], {}),
+    "ReduceSum along no axes": ([A, NO_AXES], {"keepdims": 0}),
+    "ReduceMean left as it is": ([A, NO_AXES], {"noop_with_empty_axes": 1}),
     "DequantizeLinear": ([I8, np.array([0.5, 0.25], np.float32), np.array([1, 2], np.int8)],
                          {"axis": 0}),
     "DequantizeLinear in blocks": ([I8, np.abs(A[:, ::3]).copy()], {"axis": 1, "block_size": 3}),

@@ -86,3 +86,19 @@ def test_a_model_without_logits_stays() -> None:
     model = b.model(b.norm(b.input("x", ["b", "s", 50]), "norm"))
     (record,) = run(model, [LastLogits()])
     assert (record.count, record.refusals) == (0, ())
+
+
+def test_a_norm_over_all_positions_comes_first() -> None:
+    def graph() -> ir.Model:
+        b = Build()
+        x, gamma = b.input("x", ["b", 3, 50]), b.const("gamma", np.ones((3, 50), np.float32))
+        h = b.op("RMSNormalization", x, gamma, name="norm", shape=["b", 3, 50], axis=1)
+        w = b.const("w", np.eye(50, 7, dtype=np.float32))
+        return b.model(b.op("MatMul", h, w, name="logits", shape=["b", 3, 7]))
+
+    x = {"x": np.random.default_rng(0).standard_normal((2, 3, 50)).astype(np.float32)}
+    x["x"][:, 0] *= 9
+    model = graph()
+    (record,) = run(model, [LastLogits()])
+    assert record.count == 1
+    np.testing.assert_allclose(run_model(model, x)[0], run_model(graph(), x)[0][:, -1:], rtol=1e-5)

@@ -106,6 +106,39 @@ def test_a_table_that_is_stored_transposed() -> None:
         assert np.abs(run_model(model, x)[0] - expected).max() <= tolerance
 
 
+@pytest.mark.parametrize("perm", [None, [0, 1], [1, 0]])
+@pytest.mark.parametrize("head", ["float", "q8"])
+def test_a_square_table_is_read_each_way(perm: list[int] | None, head: str) -> None:
+    """By the embedding as rows, by the head as it lies or behind a Transpose."""
+
+    def graph() -> ir.Model:
+        b = Build()
+        ids = b.input("input_ids", ["b", "s"], ir.DataType.INT64)
+        w = b.const("table", np.random.default_rng(3).standard_normal((128, 128)).astype("f4"))
+        h = b.op("Gather", w, ids, name="embed", shape=["b", "s", 128])
+        if perm is not None:
+            w = b.op("Transpose", w, name="turned", shape=[128, 128], perm=perm)
+        return b.model(b.op("MatMul", h, w, name="logits", shape=["b", "s", 128]))
+
+    ids = {"input_ids": np.arange(6).reshape(2, 3)}
+    (expected,) = run_model(graph(), ids)
+    model = graph()
+    (record,) = run(model, [QuantizeHead(head)])
+    assert record.count == 2
+    assert np.abs(run_model(model, ids)[0] - expected).max() < (1e-3 if head == "float" else 2)
+
+
+def test_a_table_that_is_cut_to_integers_stays() -> None:
+    b = Build()
+    w = b.const("table", np.full((V, 50), 1.5, np.float32))
+    whole = b.op("Cast", w, name="whole", shape=[V, 50], dtype=ir.DataType.INT32, to=6)
+    back = b.op("Cast", whole, name="back", shape=[V, 50], to=1)
+    ids = b.input("input_ids", ["b", "s"], ir.DataType.INT64)
+    model = b.model(b.op("Gather", back, ids, name="embed", shape=["b", "s", 50]))
+    (record,) = run(model, [QuantizeHead("q8")])
+    assert (record.count, len(record.refusals)) == (0, 1)
+
+
 def test_chunks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     held = ir.tensor(table(300))
     value = ir.Value(name="t", const_value=held)

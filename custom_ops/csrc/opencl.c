@@ -147,41 +147,13 @@ static BcStatus *open_opencl(const BcApi *api, const void **out) {
 
 /* ---- constants on the device ----------------------------------------------------------------- */
 
-static ClMem hold(Cl *cl, const void *data, size_t bytes) {
-  for (Held *h = cl->held; h; h = h->next)
-    if (h->data == data && h->bytes == bytes) {
-      h->users++;
-      return h->mem;
-    }
-  Held *h = calloc(1, sizeof *h);
-  if (!h) return NULL;
-  *h = (Held){.data = data, .bytes = bytes, .users = 1, .next = cl->held};
-  h->mem = bc_cl_constant(cl, data, bytes);
-  if (!h->mem) {
-    free(h);
-    return NULL;
-  }
-  cl->held = h;
-  return h->mem;
-}
-
-static void let_go(Cl *cl, ClMem mem) {
-  for (Held **at = &cl->held; *at; at = &(*at)->next)
-    if ((*at)->mem == mem) {
-      Held *h = *at;
-      if (--h->users) return;
-      *at = h->next;
-      cl->api.ReleaseMemObject(mem);
-      free(h);
-      return;
-    }
-}
-
 static size_t bytes_of(const Kernel *k, size_t input, const Tensor *t) {
   return (size_t)bc_elements(t) * (k->spec->bytes_inputs >> input & 1 ? 1 : 4);
 }
 
-typedef struct Constants { /* of a node: its inputs that never change, NULL for the others */
+/* Of a node: its inputs that never change, NULL for the others. No other node shares them: the
+ * runtime unmaps tensors before it ends nodes, and another session's may lie there by then. */
+typedef struct Constants {
   ClMem mem[MAX_INPUTS];
 } Constants;
 
@@ -190,7 +162,7 @@ static void detach(Kernel *k) {
   if (!own) return;
   pthread_mutex_lock(&lock);
   for (size_t i = 0; i < MAX_INPUTS; i++)
-    if (own->mem[i]) let_go(state_of(k)->cl, own->mem[i]);
+    if (own->mem[i]) state_of(k)->cl->api.ReleaseMemObject(own->mem[i]);
   pthread_mutex_unlock(&lock);
   free(own);
   k->own = NULL;
@@ -210,10 +182,11 @@ static BcStatus *attach(Kernel *k) {
   Constants *own = k->own = calloc(1, sizeof *own);
   if (!own) return bc_fail(k->api, BC_FAIL, "bitcompile::%s: out of memory", k->spec->name);
   pthread_mutex_lock(&lock);
+  if (cl->broken) snprintf(why, sizeof why, "%s", cl->fault);
   for (size_t i = 1; i < k->spec->inputs && !why[0]; i++) {
     const Tensor *t = &k->fixed[i];
     if (!(k->constant >> i & 1) || t->rank == 0 || bc_elements(t) == 0) continue;
-    own->mem[i] = hold(cl, t->data, bytes_of(k, i, t));
+    own->mem[i] = bc_cl_constant(cl, t->data, bytes_of(k, i, t));
     if (own->mem[i]) continue;
     snprintf(why, sizeof why, "%s", cl->fault[0] ? cl->fault : "out of memory");
     cl->fault[0] = 0; /* this node alone stays on the CPU */

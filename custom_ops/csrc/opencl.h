@@ -61,14 +61,6 @@ typedef struct Buffer { /* grows to the largest size asked for */
   size_t bytes;
 } Buffer;
 
-typedef struct Held { /* a constant tensor on the device, shared by the nodes that read it */
-  const void *data;
-  size_t bytes;
-  ClMem mem;
-  int users;
-  struct Held *next;
-} Held;
-
 typedef struct Cl {
   void *library;
   ClApi api;
@@ -84,7 +76,6 @@ typedef struct Cl {
   int from_cache;
   size_t largest, align; /* bytes of an allocation; of an address the device reads in place */
   Buffer buffer[BUFFERS];
-  Held *held;
   int broken;       /* a command failed: nothing more is sent */
   char fault[1024]; /* the first failure, and the remedy */
 } Cl;
