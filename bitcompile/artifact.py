@@ -147,6 +147,8 @@ class Artifact:
         """
         folder = Path(path)
         try:
+            if folder.is_file():
+                raise InputError(f"{folder} is a file: give the folder that a build wrote")
             if not folder.is_dir():
                 raise InputError(f"no artifact at {folder}: `bitcompile build MODEL -o {folder}`")
             manifest = json.loads((folder / MANIFEST).read_text("utf-8"))

@@ -262,10 +262,21 @@ def _print_built(made: Artifact, before: int | None, after: int, seconds: float)
     if elsewhere:
         rows.append(["not here", f"the plugin did not run: {elsewhere}"])
     elif made.manifest["language"] is not None:
-        rows.append(["try", f'bitcompile run {made.path} --prompt "Once upon a time"'])
+        rows.append(_how_to_try(made))
     load = "" if elsewhere else f'bitcompile.load("{made.path}"), or '
     rows.append(["use", f"{load}see {made.path / 'README.md'}"])
     click.echo("\n".join(aligned(rows)))
+
+
+def _how_to_try(made: Artifact) -> list[str]:
+    """A row of what was built: how to run it, or what onnxruntime-genai lacks for that."""
+    missing = {"tokenizer.json", "tokenizer_config.json"} - set(
+        made.manifest["language"]["tokenizer_files"]
+    )
+    if missing:
+        names = " and ".join(sorted(missing))
+        return ["no text", f"`bitcompile run` needs {names}: add to the model and build again"]
+    return ["try", f'bitcompile run {made.path} --prompt "Once upon a time"']
 
 
 @cli.command()

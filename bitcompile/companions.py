@@ -79,8 +79,9 @@ _HEADER = """\
 Built by bitcompile {version}: {emits}. Weights are ternary, layout `{layout}`;
 the plugin is for {host}. It needs onnxruntime {minimum} or newer.
 
-Only the plugin depends on the machine: without it the same `model.onnx` gives the same results on
-any onnxruntime, slower and with more memory.
+Only the plugin depends on the machine: without it the same `model.onnx` runs on any onnxruntime of
+that age, slower and with more memory. Ternary products are then the same integers, and floats agree
+within rounding.
 
 """
 

@@ -51,6 +51,7 @@ class Sampling:
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
             ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top-k", self.top_k >= 0, "0 (all) or more"),
+            ("seed", self.seed is None or abs(self.seed) < 1 << 31, "a number of 31 bits"),
         ):
             if not good:
                 raise UsageError(f"{name} must be {rule}")
@@ -143,6 +144,12 @@ class TextModel:
         return Chat(self, sampling)
 
     def _encode(self, text: str, special: bool) -> npt.NDArray[np.int32]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError(
+                "the prompt is not valid UTF-8: check the encoding of the terminal or the file"
+            ) from None
         with _calling_genai("encode the text"):
             self._tokenizer.update_options(add_special_tokens="true" if special else "false")
             return np.asarray(self._tokenizer.encode(text), np.int32)
@@ -259,6 +266,8 @@ def run_tensors(
     cannot be written.
     """
     destination = _output_file(destination)
+    if destination.exists() and source.exists() and destination.samefile(source):
+        raise UsageError(f"{destination} is the input: choose another file for the outputs")
     arrays = _read_npz(source)
     session = runtime.load(artifact.path, threads=threads)
     _check_inputs(arrays, session.get_inputs())
@@ -282,6 +291,10 @@ def _read_npz(source: Path) -> dict[str, npt.NDArray[Any]]:
         single = not isinstance(loaded, np.lib.npyio.NpzFile)
         arrays = {} if single else {name: loaded[name] for name in loaded.files}
     except Exception as error:  # a damaged file may fail in numpy, zipfile, zlib, struct, ...
+        if "pickle" in str(error):
+            raise InputError(
+                f"{source} holds no plain arrays: save them with numpy.savez"
+            ) from None
         raise InputError(f"cannot read {source}: {runtime.one_line(error)}") from error
     if single:
         raise InputError(f"{source} is a single array: save named ones with numpy.savez")

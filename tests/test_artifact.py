@@ -472,6 +472,8 @@ def test_a_damaged_manifest_is_refused(copy: Path, change: dict[str, object], me
 def test_what_is_no_artifact_is_refused(tmp_path: Path, copy: Path) -> None:
     with pytest.raises(InputError, match="no artifact at"):
         Artifact.open(tmp_path / "nothing")
+    with pytest.raises(InputError, match="is a file: give the folder"):
+        Artifact.open(copy / "model.onnx")
     with pytest.raises(InputError, match="not an artifact"):
         Artifact.open(tmp_path)
     for text in ("{", "[]", "\xff"):

@@ -82,6 +82,19 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface, "load", load)
 
 
+def test_build_says_what_text_lacks(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = artifacts.imported(tmp_path / "tokenizer")
+    language = dataclasses.replace(made.language, tokenizer_files=())
+    bare = dataclasses.replace(made, language=language)
+    monkeypatch.setattr(huggingface, "load", lambda *_, **__: bare)
+    result = run("build", "toy", "-o", tmp_path / "out", "--no-verify")
+    assert result.code == 0, result
+    assert "needs tokenizer.json and tokenizer_config.json" in result.out
+    assert "--prompt" not in result.out
+
+
 @pytest.mark.usefixtures("toy")
 def test_build_says_where_it_lies_and_how_to_run_it(run: Run, tmp_path: Path) -> None:
     result = run("build", "toy", "-o", tmp_path / "out")

@@ -396,3 +396,20 @@ def test_outputs_of_any_name_are_saved(tmp_path: Path) -> None:
     with np.load(tmp_path / "out.npz") as saved:
         assert set(saved.files) == set(arrays)
         np.testing.assert_array_equal(saved["file"], np.arange(3))
+
+
+def test_text_that_is_no_utf8(model: TextModel) -> None:
+    with pytest.raises(InputError, match="not valid UTF-8"):
+        list(model.stream("\udcff bad", Sampling(tokens=1)))
+
+
+def test_seeds_have_31_bits() -> None:
+    with pytest.raises(UsageError, match="seed must be a number of 31 bits"):
+        Sampling(seed=1 << 31)
+
+
+def test_outputs_do_not_replace_the_input(artifact: Artifact, tmp_path: Path) -> None:
+    file = tmp_path / "in.npz"
+    np.savez(file, x=np.zeros(1))
+    with pytest.raises(UsageError, match="is the input"):
+        run_tensors(artifact, file, file)

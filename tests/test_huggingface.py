@@ -400,6 +400,15 @@ def test_refuses_incomplete_directories(direct: Path, tmp_path: Path) -> None:
         refused(path, words)
 
 
+def test_refuses_a_damaged_tokenizer(direct: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    shutil.copytree(direct, path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).write_text('{"half": ')
+        refused(path, f"{name} cannot be read")
+        (path / name).unlink()
+
+
 def test_refuses_missing_or_truncated_weights(direct: Path, tmp_path: Path) -> None:
     path = tmp_path / "copy"
     shutil.copytree(direct, path)

@@ -174,9 +174,16 @@ class Checkpoint:
         return sorted(set(self._shards) - self._used)
 
     def tokenizer_files(self) -> tuple[Path, ...]:
-        """The files that belong to text rather than to weights, by name."""
+        """The files that belong to text rather than to weights, by name.
+
+        Raises InputError for one that ends in .json and cannot be read.
+        """
         found = {file for pattern in TOKENIZER_FILES for file in self.path.glob(pattern)}
-        return tuple(sorted(file for file in found if file.is_file()))
+        files = tuple(sorted(file for file in found if file.is_file()))
+        for file in files:
+            if file.suffix == ".json":
+                read_json(file)
+        return files
 
     def _file(self, name: str) -> Any:
         if name not in self._shards:
