@@ -413,3 +413,9 @@ def test_outputs_do_not_replace_the_input(artifact: Artifact, tmp_path: Path) ->
     np.savez(file, x=np.zeros(1))
     with pytest.raises(UsageError, match="is the input"):
         run_tensors(artifact, file, file)
+
+
+def test_a_file_of_no_arrays_is_not_to_be_unpickled(artifact: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "in.npz").write_text("# text")
+    with pytest.raises(InputError, match="holds no plain arrays: save them"):
+        run_tensors(artifact, tmp_path / "in.npz", tmp_path / "out.npz")

@@ -125,7 +125,8 @@ def test_a_square_table_is_read_each_way(perm: list[int] | None, head: str) -> N
     model = graph()
     (record,) = run(model, [QuantizeHead(head)])
     assert record.count == 2
-    assert np.abs(run_model(model, ids)[0] - expected).max() < (1e-3 if head == "float" else 2)
+    limit = 1e-3 if head == "float" else 1  # eight bits a weight, of logits up to 35
+    assert np.abs(run_model(model, ids)[0] - expected).max() < limit
 
 
 def test_a_table_that_is_cut_to_integers_stays() -> None:
