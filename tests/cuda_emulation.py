@@ -1,4 +1,4 @@
-"""The CUDA kernels that norm and quantise one row, on this CPU: ``emulated_cuda.cc``.
+"""The CUDA kernels of one row, on this CPU: ``emulated_cuda.cc``.
 
 The plugin's own launch functions choose kernels, grids and shared memory. ``python -m
 tests.cuda_emulation FOLDER`` compares with the reference, where :func:`build` filled FOLDER and
@@ -25,7 +25,7 @@ LIBRARY, KERNELS_TEXT = "bitcompile_cuda.so", "kernels.inc"
 TYPES = {1: np.float32, 10: np.float16, 16: ml_dtypes.bfloat16}
 """By ONNX's number."""
 EPS = 1e-5
-NAMES = r"bc_(rows|any_rows|fused\w+)"
+NAMES = r"bc_(rows|any_rows|(?:fused|gemv)\w+)"
 C_TYPES = {"uint8": "uchar", "uint32": "uint", "int32": "int", "float32": "float"}
 
 
@@ -45,8 +45,9 @@ def build(folder: Path) -> None:
     assert "__shared__" not in text
     entries = []
     for kernel in kernels:
-        parameters = ARGUMENTS["rows" if kernel.name.endswith("rows") else "fused"]
-        values = ", ".join(f"*({_c_type(kind)} *)a[{i}]" for i, (_, kind) in enumerate(parameters))
+        kind = next(kind for kind in ("rows", "fused", "gemv") if kind in kernel.name)
+        parameters = ARGUMENTS[kind]
+        values = ", ".join(f"*({_c_type(c)} *)a[{i}]" for i, (_, c) in enumerate(parameters))
         entries.append(f'{{"{kernel.name}", [](void **a) {{ {kernel.name}({values}); }}}},')
     lines = [text, "static const Entry entries[] = {", *entries, "};"]
     (folder / KERNELS_TEXT).write_text("\n".join(lines) + "\n")
@@ -113,9 +114,9 @@ class Case:
             gamma=self.gamma.ctypes.data if self.norm else None,
             bias=self.bias.ctypes.data if self.extras else None,
             residual=self.residual.ctypes.data if self.extras else None,
-            y=self.y.ctypes.data, M=1, N=N, K=K, type_x=type_x, type_y=type_y, eps=EPS, early=1,
+            y=self.y.ctypes.data, M=1, N=N, K=K, type_x=type_x, type_y=type_y, eps=EPS,
             gate_in=self.gate_in, gate_out=self.gate_out,
-            **{name: int(value) for name, value in choices.items()},
+            **{name: int(value) for name, value in {"early": 1, **choices}.items()},
         )  # fmt: skip
 
     def _floats(self, *shape: int) -> np.ndarray:
@@ -164,12 +165,17 @@ def fused_cases() -> list[Case]:
 
 
 def row_cases() -> list[Case]:
-    """Norm and quantisation in a kernel of their own: with ``split``, of a product that follows."""
+    """With ``split``: norm and quantisation in a kernel of their own, then the product of the row.
+
+    Its warps have one unit of columns or up to four, the last of them fewer.
+    """
     made = []
-    for i, K in enumerate((1, 3, 100, 301, 2049, 2560, 4100, 6912, 8192, 8195, 8196)):
-        for gate in (NO_GATE, i % 4):
-            type_x = 1 if gate >= 0 else list(TYPES)[i % 3]
-            made.append(Case(16, K, type_x, 1, gate_in=gate, split=1, extras=0))
+    lengths = (1, 3, 100, 301, 2049, 2560, 3073, 4100, 6145, 6912, 8192, 8195, 8196, 9217, 12288)
+    for i, K in enumerate(lengths):
+        for early, gate in ((0, NO_GATE), (1, NO_GATE), (i % 2, i % 4)):
+            type_x, type_y = 1 if gate >= 0 else list(TYPES)[i % 3], list(TYPES)[i // 3 % 3]
+            choices = {"gate_in": gate, "split": 1, "extras": i % 2 == early, "early": early}
+            made.append(Case(20 - 4 * early, K, type_x, type_y, **choices))
     made += [Case(16, K, 1, 1, split=1, extras=0, **odd) for K in (256, 259) for odd in ODD]
     return made
 
@@ -191,6 +197,8 @@ def main(arguments: Sequence[str]) -> int:
         got_s, total = after[:4].view(np.float32), after[256:260].view(np.int32)
         padded = np.pad(q[0], (0, units * 128 - case.K))
         if not (np.array_equal(got, padded) and alike(got_s, s[0]) and total[0] == q.sum()):
+            wrong.append(f"row of {case.what}")
+        if not alike(case.y, case.product()):
             wrong.append(case.what)
     print("\n".join([*wrong, f"{len(fused)} products and {len(rows)} rows"]))
     return bool(wrong)

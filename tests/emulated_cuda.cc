@@ -63,7 +63,7 @@ std::minstd_rand chance(1);
 std::function<void()> kernel;
 size_t dynamic_bytes;
 int current;
-bool earlier_ended;
+bool earlier_ended, overlapping; /* the kernel before */
 
 [[noreturn]] void wrong(const char *what) {
   printf("%s (thread %d)\n", what, current);
@@ -86,12 +86,13 @@ void start() {
 void run_block(int count) {
   threads.assign(count, Thread());
   meetings.clear(), exchanges.clear(), copies.clear(), spoilt.clear();
-  earlier_ended = false;
+  earlier_ended = !overlapping;
   memset(memory, RUBBISH, sizeof memory);
   stacks.resize((size_t)count * STACK);
   std::vector<int> order(count);
   for (int i = 0; i < count; i++) {
     Thread &t = threads[order[i] = i];
+    t.may_read = earlier_ended;
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = &stacks[(size_t)i * STACK];
     t.context.uc_stack.ss_size = STACK;
@@ -210,8 +211,11 @@ void bc_let_next_start() {}
 void bc_meet(int count) { meet(1, count); }
 void bc_meet_some(int count) { meet(2, count); }
 
-float bc_load(const void *p, int64_t i, int type) {
+void must_have_waited() {
   if (!threads[current].may_read) wrong("read before the kernel before has ended");
+}
+float bc_load(const void *p, int64_t i, int type) {
+  must_have_waited();
   if (type == FLOAT) return ((const float *)p)[i];
   uint16_t v = ((const uint16_t *)p)[i];
   return type == BFLOAT16 ? as<float>((uint)v << 16) : (float)as<_Float16>(v);
@@ -234,6 +238,14 @@ void bc_load_row4(float *out, const void *p, int64_t base, int first, int stride
                   int type) {
   bc_load_narrow<4>(out, p, base, first, stride, words, type);
 }
+int bc_load_int(const int *p, int64_t i) { return must_have_waited(), p[i]; }
+void bc_load_int4(int *out, const void *p, int64_t byte) {
+  must_have_waited();
+  memcpy(out, (const char *)p + byte, 16);
+}
+uint bc_load_bits(const void *p, int64_t i, int type) { return as<uint>(bc_load(p, i, type)); }
+float bc_from_bits(uint bits, int) { return as<float>(bits); }
+void bc_load_weights(uint *out, const uint *p) { memcpy(out, p, 16); }
 void bc_load_constant4(float *out, const float *p, int i) { memcpy(out, p + i, 16); }
 
 uint64_t bc_element(const void *p, int64_t i, int type) {
@@ -255,6 +267,8 @@ uchar *shared_at(uint address, size_t bytes, size_t alignment) {
 }
 uint bc_shared(const void *p) { return (uint)((const uchar *)p - dynamic); }
 void bc_clear4(int *p) { memset(shared_at(bc_shared(p), 16, 16), 0, 16); }
+void bc_put4(int *p, const int *v) { memcpy(shared_at(bc_shared(p), 16, 16), v, 16); }
+void bc_add_shared(int *p, int v) { *(int *)shared_at(bc_shared(p), 4, 4) += v; }
 int bc_sum_of4(const int *p) {
   int v[4];
   memcpy(v, shared_at(bc_shared(p), 16, 16), 16);
@@ -266,6 +280,13 @@ void bc_load_shared4(float *out, const float *p) {
 }
 void bc_store_shared4(float *p, const float *v) { memcpy(shared_at(bc_shared(p), 16, 16), v, 16); }
 void bc_load_shared8(int *out, uint address) { memcpy(out, shared_at(address, 32, 16), 32); }
+void bc_load_token(int *out, uint address) {
+  std::vector<uint> rows = of_warp(address); /* of eight matrices: lane 8 j has those of j and j + 4 */
+  for (int i = 0; i < 8; i++) {
+    uint row = rows[i % 4 * 8 + current % WARP / 4] + i / 4 * 64;
+    memcpy(out + i, shared_at(row, 16, 16) + current % 4 * 4, 4);
+  }
+}
 void bc_store_shared(uint address, int v) { memcpy(shared_at(address, 4, 4), &v, 4); }
 void bc_add_at(uint address, int v) { *(int *)shared_at(address, 4, 4) += v; }
 void bc_load_shared_unit_if(uint *out, uint address, int wanted) {
@@ -346,7 +367,8 @@ int cuLaunchKernelEx(const unsigned *config, void *function, void **arguments, v
   const Entry *entry = std::find_if(std::begin(entries), std::end(entries),
                                     [function](const Entry &e) { return &e == function; });
   if (entry == std::end(entries)) return 0;
-  dynamic_bytes = config[6]; /* CUlaunchConfig: grid, block, shared memory */
+  dynamic_bytes = config[6]; /* CUlaunchConfig: grid, block, shared memory, and attributes' count */
+  overlapping = config[12];
   if (dynamic_bytes > ROOM) wrong("more shared memory than there is");
   kernel = [entry, arguments] { entry->call(arguments); };
   for (unsigned y = 0; y < config[1]; y++)

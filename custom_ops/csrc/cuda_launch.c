@@ -244,8 +244,15 @@ static int aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
 
 enum { FUSED = -1 };
 
-static int64_t gemv_shared(const bc_linear *job) {
-  return (int64_t)units_of(job) * UNIT_COLUMNS + 4 * TILE_ROWS;
+/* Units of a warp of the product of one quantised row: the fewest with which there are no more than
+ * 40 warps for each multiprocessor. */
+static int32_t gemv_ahead(const bc_gpu *gpu, const bc_linear *job) {
+  int64_t tiles = ceil_div(job->N, TILE_ROWS), all = gpu->processors * 40ll;
+  for (int32_t ahead = 1; ahead < BC_GEMV_AHEAD; ahead++) {
+    int64_t warps = ceil_div(units_of(job), ahead);
+    if (warps <= BC_GEMV_MOST_WARPS && tiles * warps <= all) return ahead;
+  }
+  return BC_GEMV_AHEAD;
 }
 
 /* How a job with few tokens is done: FUSED, or its tokens; 0 if it takes a gemm. */
@@ -322,51 +329,52 @@ static int fused(const bc_gpu *gpu, void *stream, const bc_linear *job) {
   int32_t tiles = (int32_t)ceil_div(job->N, TILE_ROWS), step = fused_step(gpu, job, way);
   int32_t warps = fused_warps(job, way), ending = (int32_t)ceil_div(step * TILE_ROWS, 32);
   bc_fused_args a = {.x = job->x,
-                     .gamma = job->gamma,
                      .w = job->w,
+                     .gamma = job->gamma,
                      .w_scale = job->w_scale,
-                     .bias = job->bias,
-                     .residual = job->residual,
-                     .y = job->y,
-                     .N = job->N,
-                     .K = job->K,
                      .units = units_of(job),
                      .tiles = tiles,
                      .step = step,
                      .warps = warps,
                      .ending = ending,
+                     .K = job->K,
+                     .N = job->N,
                      .type_x = job->type_x,
-                     .type_y = job->type_y,
                      .has_norm = job->gamma != NULL,
+                     .eps = job->eps,
+                     .bias = job->bias,
+                     .residual = job->residual,
+                     .y = job->y,
+                     .type_y = job->type_y,
                      .has_bias = job->bias != NULL,
                      .has_residual = job->residual != NULL,
-                     .activation = job->gate_out,
-                     .eps = job->eps};
+                     .activation = job->gate_out};
   return launch(gpu, stream, way->kernel, ceil_div(tiles, step), 1, (warps + ending + 1) * 32,
                 fused_shared(gpu, job, way, step), (void *[])BC_FUSED_ARGS(a), job->early);
 }
 
 static int gemv(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from) {
-  static const int kernels[2][2] = {{BC_GEMV, BC_GEMV_EXTRAS},
-                                    {BC_GEMV_EARLY, BC_GEMV_EARLY_EXTRAS}};
-  int32_t units = units_of(job), warps = (int32_t)ceil_div(units, BC_GEMV_AHEAD);
-  bc_gemv_args a = {.q = from->q,
-                    .s = from->s,
-                    .qsum = from->qsum,
-                    .w = job->w,
-                    .w_scale = job->w_scale,
-                    .bias = job->bias,
-                    .residual = job->residual,
-                    .y = job->y,
-                    .N = job->N,
+  int32_t units = units_of(job), ahead = gemv_ahead(gpu, job);
+  int32_t warps = (int32_t)ceil_div(units, ahead);
+  bc_gemv_args a = {.w = job->w,
+                    .q = from->q,
                     .units = units,
                     .warps = warps,
+                    .N = job->N,
                     .type_y = job->type_y,
+                    .s = from->s,
+                    .qsum = from->qsum,
+                    .w_scale = job->w_scale,
+                    .y = job->y,
+                    .bias = job->bias,
+                    .residual = job->residual,
                     .has_bias = job->bias != NULL,
                     .has_residual = job->residual != NULL};
-  int kernel = kernels[overlaps(gpu, job->early)][job->bias || job->residual];
-  return launch(gpu, stream, kernel, ceil_div(job->N, TILE_ROWS), 1, (warps + 1) * 32,
-                gemv_shared(job), (void *[])BC_GEMV_ARGS(a), job->early);
+  int kernel = BC_GEMV1 + 4 * (ahead - 1) + 2 * overlaps(gpu, job->early);
+  kernel += job->bias || job->residual;
+  int64_t shared = 4 * BC_GEMV_SUMS + (int64_t)warps * ahead * UNIT_COLUMNS;
+  return launch(gpu, stream, kernel, ceil_div(job->N, TILE_ROWS), 1, warps * 32, shared,
+                (void *[])BC_GEMV_ARGS(a), job->early);
 }
 
 static int decode(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tokens *from,

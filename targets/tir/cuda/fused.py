@@ -55,14 +55,14 @@ EARLY = 4
 where kernels overlap."""
 
 PARAMETERS = [
-    ("x", "uint8*"), ("gamma", "float32*"), ("w", "uint32*"), ("w_scale", "float32*"),
-    ("bias", "float32*"), ("residual", "uint8*"), ("y", "uint8*"),
+    ("x", "uint8*"), ("w", "uint32*"), ("gamma", "float32*"), ("w_scale", "float32*"),
     *((name, "int32") for name in (
-        "N", "K", "units", "tiles", "step", "warps", "ending", "type_x", "type_y", "has_norm",
-        "has_bias", "has_residual", "activation",
+        "units", "tiles", "step", "warps", "ending", "K", "N", "type_x", "has_norm",
     )),
-    ("eps", "float32"),
+    ("eps", "float32"), ("bias", "float32*"), ("residual", "uint8*"), ("y", "uint8*"),
+    *((name, "int32") for name in ("type_y", "has_bias", "has_residual", "activation")),
 ]  # fmt: skip
+"""What the first loads need comes first: 64 bytes of arguments arrive together."""
 
 
 def threads(share: int) -> int:
@@ -82,10 +82,10 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
     pairs = 2 if gate else 1
     cuts = share // 2  # copies a tile
 
-    def body(ids: Ids, x: Buffer, gamma: Buffer, w: Buffer, w_scale: Buffer, bias: Buffer,
-             residual: Buffer, y: Buffer, N: Expr, K: Expr, units: Expr, tiles: Expr, step: Expr,
-             warps: Expr, ending: Expr, type_x: Expr, type_y: Expr, has_norm: Expr, has_bias: Expr,
-             has_residual: Expr, activation: Expr, eps: Expr) -> None:  # fmt: skip
+    def body(ids: Ids, x: Buffer, w: Buffer, gamma: Buffer, w_scale: Buffer, units: Expr,
+             tiles: Expr, step: Expr, warps: Expr, ending: Expr, K: Expr, N: Expr, type_x: Expr,
+             has_norm: Expr, eps: Expr, bias: Buffer, residual: Buffer, y: Buffer, type_y: Expr,
+             has_bias: Expr, has_residual: Expr, activation: Expr) -> None:  # fmt: skip
         room = view(dynamic(), "int32")
         sums_of_warps, most = shared(MOST_WARPS[share], "float32"), shared(32, "int32")
         landed = shared(PIECES, "uint64")

@@ -48,8 +48,8 @@ TILES = (
     gemm.Tile(tokens=64, stages=16, span=2),
 )
 GEMVS = tuple(
-    (f"bc_gemv{'_early' if early else ''}{'_extras' if extras else ''}", early, extras)
-    for early in (False, True) for extras in (False, True)
+    (f"bc_gemv{ahead}{'_early' if early else ''}{'_extras' if extras else ''}", ahead, early, extras)
+    for ahead in gemv.AHEAD for early in (False, True) for extras in (False, True)
 )  # fmt: skip
 FUSED = tuple(
     (f"bc_fused{share}_{'wide' if wide else 'narrow'}{'_gate' if gate else ''}", share, wide, gate)
@@ -72,8 +72,8 @@ KERNELS = (
     *(DeviceKernel(f"bc_head{bits}_{tokens}", partial(head.head, bits=bits, tokens=tokens),
                    2 if tokens == 1 else 1) for bits in (8, 4) for tokens in head.AHEAD),
     DeviceKernel("bc_read", roof.read, 2),
-    *(DeviceKernel(name, partial(gemv.gemv, early=early, extras=extras))
-      for name, early, extras in GEMVS),
+    *(DeviceKernel(name, partial(gemv.gemv, ahead=ahead, early=early, extras=extras))
+      for name, ahead, early, extras in GEMVS),
     *(DeviceKernel(tile.name, partial(gemm.wgmma, tile=tile), feature="90a")
       for tile in TILES),
 )  # fmt: skip
@@ -82,7 +82,9 @@ SIZES = {
     "BC_ROWS_THREADS": rows.THREADS,
     "BC_ROWS_PART": rows.PART,
     "BC_ROWS_LONGEST": rows.LONGEST,
-    "BC_GEMV_AHEAD": gemv.AHEAD,
+    "BC_GEMV_AHEAD": gemv.AHEAD[-1],
+    "BC_GEMV_MOST_WARPS": gemv.MOST_WARPS,
+    "BC_GEMV_SUMS": gemv.SUMS,
     "BC_GEMV_LONGEST": gemv.LONGEST,
     "BC_DECODE_WARPS": decode.WARPS,
     "BC_DECODE_IN_FLIGHT": decode.IN_FLIGHT,

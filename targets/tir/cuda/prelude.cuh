@@ -122,12 +122,10 @@ BC_INLINE void bc_load_row4(float* out, const void* p, int64_t base, int first, 
     bc_load_narrow<4>(out, p, base, first, stride, words, type);
 }
 BC_INLINE uint16_t bc_narrow(float v, int type) {
-  uint16_t h;
-  if (type == 16)
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(v));
-  else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v));
-  return h;
+  uint16_t half, brain;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(v));
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(brain) : "f"(v));
+  return type == 16 ? brain : half;
 }
 BC_INLINE void bc_store(void* p, int64_t i, float v, int type) {
   if (type == 1)
@@ -142,10 +140,9 @@ BC_INLINE uint64_t bc_element(const void* p, int64_t i, int type) {
   return address;
 }
 BC_INLINE void bc_store_to(uint64_t address, float v, int type) {
-  if (type == 1)
-    asm volatile("st.global.f32 [%0], %1;" ::"l"(address), "f"(v) : "memory");
-  else
-    asm volatile("st.global.u16 [%0], %1;" ::"l"(address), "h"(bc_narrow(v, type)) : "memory");
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.eq.s32 p, %3, 1;\n@p st.global.f32 [%0], %1;\n@!p st.global.u16 [%0], %2;\n}"
+      ::"l"(address), "f"(v), "h"(bc_narrow(v, type)), "r"(type) : "memory");
 }
 /* Four elements to an index that is a multiple of 4. */
 BC_INLINE void bc_store4(void* p, int64_t i, const float* v, int type) {
@@ -187,6 +184,7 @@ BC_INLINE void bc_load_int4(int* out, const void* p, int64_t byte) {
 /* ---- shared memory --------------------------------------------------------------------------- */
 
 BC_INLINE void bc_add_shared(int* p, int v) { atomicAdd(p, v); }
+BC_INLINE void bc_put4(int* p, const int* v) { *(int4*)p = *(const int4*)v; }
 BC_INLINE void bc_clear4(int* p) { *(int4*)p = make_int4(0, 0, 0, 0); }
 BC_INLINE int bc_sum_of4(const int* p) {
   int4 v = *(const int4*)p;
@@ -438,14 +436,6 @@ BC_INLINE void bc_copy_async16_if(uint to, const void* from, int64_t byte, int w
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p cp.async.cg.shared.global [%0], [%1], 16;\n}"
       ::"r"(to), "l"((const char*)from + byte), "r"(wanted) : "memory");
-}
-/* One token, `pieces` of 16 bytes. Through the L1 cache: many blocks of a multiprocessor read it. */
-BC_INLINE void bc_bring_token(void* to, const void* from, int first, int stride, int pieces) {
-#pragma unroll 1
-  for (int i = first; i < pieces; i += stride)
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
-                 ::"r"(bc_shared(to) + i * 16),
-                   "l"((const char*)from + i * 16) : "memory");
 }
 BC_INLINE void bc_copy_async4(void* to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(bc_shared(to)), "l"(from) : "memory");
