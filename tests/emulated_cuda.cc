@@ -281,7 +281,7 @@ void bc_load_shared4(float *out, const float *p) {
 void bc_store_shared4(float *p, const float *v) { memcpy(shared_at(bc_shared(p), 16, 16), v, 16); }
 void bc_load_shared8(int *out, uint address) { memcpy(out, shared_at(address, 32, 16), 32); }
 void bc_load_token(int *out, uint address) {
-  std::vector<uint> rows = of_warp(address); /* of eight matrices: lane 8 j has those of j and j + 4 */
+  std::vector<uint> rows = of_warp(address); /* lane 8 j has those of matrices j and j + 4 */
   for (int i = 0; i < 8; i++) {
     uint row = rows[i % 4 * 8 + current % WARP / 4] + i / 4 * 64;
     memcpy(out + i, shared_at(row, 16, 16) + current % 4 * 4, 4);

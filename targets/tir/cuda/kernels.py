@@ -48,8 +48,8 @@ TILES = (
     gemm.Tile(tokens=64, stages=16, span=2),
 )
 GEMVS = tuple(
-    (f"bc_gemv{ahead}{'_early' if early else ''}{'_extras' if extras else ''}", ahead, early, extras)
-    for ahead in gemv.AHEAD for early in (False, True) for extras in (False, True)
+    (f"bc_gemv{ahead}{kind}", ahead, bool(kind), kind == "_extras")
+    for ahead in gemv.AHEAD for kind in ("", "_early", "_extras")
 )  # fmt: skip
 FUSED = tuple(
     (f"bc_fused{share}_{'wide' if wide else 'narrow'}{'_gate' if gate else ''}", share, wide, gate)
