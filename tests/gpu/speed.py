@@ -26,13 +26,15 @@ LAYER = ("qkv", "o", "up", "down")
 
 
 def captured(work: Callable[[], None]) -> Callable[[], None]:
-    """``work`` as a CUDA graph, after a warm-up."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        work()
+    """``work`` as a CUDA graph, after a warm-up.
+
+    All is launched from one stream, as in a model: launches from another put the card in a state
+    where kernels that overlap begin later (docs/performance.md).
+    """
+    work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph):
         work()
     return graph.replay
 
