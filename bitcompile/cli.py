@@ -21,6 +21,7 @@ import click
 
 from bitcompile import __version__
 from bitcompile.artifact import Artifact, Progress
+from bitcompile.companions import missing_tokenizer
 from bitcompile.errors import BitcompileError, InputError, UsageError
 from bitcompile.frontends.gguf_ternary import I2S_ORDERS
 from bitcompile.generate import Sampling, TextModel, run_tensors
@@ -270,11 +271,8 @@ def _print_built(made: Artifact, before: int | None, after: int, seconds: float)
 
 def _how_to_try(made: Artifact) -> list[str]:
     """A row of what was built: how to run it, or what onnxruntime-genai lacks for that."""
-    missing = {"tokenizer.json", "tokenizer_config.json"} - set(
-        made.manifest["language"]["tokenizer_files"]
-    )
-    if missing:
-        names = " and ".join(sorted(missing))
+    if missing := missing_tokenizer(made.manifest["language"]["tokenizer_files"]):
+        names = " and ".join(missing)
         return ["no text", f"`bitcompile run` needs {names}: add to the model and build again"]
     return ["try", f'bitcompile run {made.path} --prompt "Once upon a time"']
 
@@ -366,6 +364,8 @@ def run(
     model = TextModel(opened, threads)
     if prompt is not None:
         _stream(model.stream(prompt, choices))
+        if model.full:
+            click.echo(f"(the context of {model.context} tokens is full)", err=True)
     else:
         _chat(model, choices)
 

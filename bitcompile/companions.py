@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,12 @@ the plugin is for {host}. It needs onnxruntime {minimum} or newer.
 Only the plugin depends on the machine: without it the same `model.onnx` runs on any onnxruntime of
 that age, slower and with more memory. Ternary products are then the same integers, and floats agree
 within rounding.
+
+"""
+
+_NO_TOKENIZER = """\
+The model came without {missing}, which onnxruntime-genai's tokenizer needs: give token numbers
+where the examples encode a text, and read them where they decode one.
 
 """
 
@@ -319,13 +326,21 @@ SECTIONS = {
 """What a target's ``guide`` names."""
 
 
+def missing_tokenizer(files: Sequence[str]) -> list[str]:
+    """What onnxruntime-genai needs to read a text and ``files``, those of a model, lack."""
+    return sorted({"tokenizer.json", "tokenizer_config.json"} - set(files))
+
+
 def readme(imported: Imported, lowered: Lowered) -> str:
     """``README.md``: how to load exactly this artifact."""
     from bitcompile import __version__
 
     language = imported.language
     chosen = [x for x in lowered.target.guide if language is not None or "genai" not in x]
-    template = _HEADER + "".join(SECTIONS[x] for x in chosen) + _FILES
+    files = [] if language is None else [file.name for file in language.tokenizer_files]
+    missing = [] if language is None else missing_tokenizer(files)
+    note = _NO_TOKENIZER.replace("{missing}", " and ".join(missing)) if missing else ""
+    template = _HEADER + note + "".join(SECTIONS[x] for x in chosen) + _FILES
     device = lowered.target.device
     first = [(PROVIDERS[device][1], PROVIDER_OPTIONS)] if device in PROVIDERS else []
     values = {

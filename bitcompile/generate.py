@@ -95,7 +95,10 @@ class TextModel:
         if threads is not None:
             options["intra_op_num_threads"] = threads
         self.context = int(artifact.manifest["language"]["context_length"])
+        self.full = False
+        """Whether the last :meth:`stream` ended because the context had no room left."""
         self._path = artifact.path
+        runtime.session_options(artifact.path)  # what is wrong with the plugin, in our words
         with _calling_genai(f"load {artifact.path}"):
             config = self._genai.Config(str(artifact.path.absolute()))
             if options:
@@ -138,6 +141,7 @@ class TextModel:
         with _calling_genai("read the prompt"):
             generator.append_tokens(tokens)
         yield from self._generate(generator, sampling.tokens)
+        self.full = bool(generator.token_count() >= self.context)
 
     def chat(self, sampling: Sampling) -> Chat:
         """A conversation that keeps its KV cache."""

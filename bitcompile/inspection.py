@@ -50,7 +50,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     weights, scales included), ``compression_total`` (of everything), ``inputs, outputs, weights
     {name: shape}``; of an artifact also ``target, layout, passes, files``; of an .onnx file also
     ``recognition {recognised, unfused [{node, reason}], refused}``: the ternary layers that `build`
-    would find in it. Raises InputError if ``path`` is none of the three.
+    would find in it. Raises InputError if ``path`` is none of the three, or lacks files.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
@@ -63,6 +63,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def _inspect_artifact(artifact: Artifact) -> dict[str, Any]:
+    artifact.check_sizes()
     manifest = artifact.manifest
     return {
         "kind": "artifact",
@@ -388,8 +389,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     if report["ops"]:
         lines += ["", "operators"]
         lines += aligned([[f"  {name}", str(count)] for name, count in report["ops"].items()])
-    if report.get("recognition"):
-        lines += ["", *_recognition_lines(report["recognition"])]
+    lines += _recognition_lines(report.get("recognition"))
     if report.get("passes"):
         lines += ["", "passes"]
         lines += aligned([_pass_row(entry) for entry in report["passes"]])
@@ -429,11 +429,14 @@ def _bytes_table(report: Mapping[str, Any]) -> list[str]:
     return aligned(rows, right=True)
 
 
-def _recognition_lines(found: Mapping[str, Any]) -> list[str]:
+def _recognition_lines(found: Mapping[str, Any] | None) -> list[str]:
+    """Nothing for a model whose operators are ternary already."""
+    if found is None or not any(found.values()):
+        return []
     if found["refused"]:
-        return ["ternary layers", f"  cannot be compiled: {found['refused']}"]
+        return ["", "ternary layers", f"  cannot be compiled: {found['refused']}"]
     rows = [[f"  {entry['node']}", f"left: {entry['reason']}"] for entry in found["unfused"]]
-    return [f"ternary layers: {found['recognised']} recognised", *aligned(rows)]
+    return ["", f"ternary layers: {found['recognised']} recognised", *aligned(rows)]
 
 
 def _pass_row(entry: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,6 +216,7 @@ def _run(
     from bitcompile.lower import lower
     from bitcompile.passes import finishing, pipeline
 
+    asked = options.head
     options = options.resolved(frontends.is_checkpoint(model), target)
     imported = frontends.load(
         model,
@@ -229,6 +230,8 @@ def _run(
     progress("rewriting the graph")
     steps = pipeline(passing.Options(str(options.head), str(options.logits)))
     records = imported.records + passing.run(graph, steps, options.dump)
+    if asked in ("q8", "q4"):
+        _require_head(records, asked)
     progress(f"compiling for {target.name}")
     lowered = lower(graph, target, options.layout)
     # Attention asks for narrow activations; other models keep the types of their inputs.
@@ -251,6 +254,16 @@ def _run(
             report = verification.verify(made, progress, plugin=plugin)
             made.with_verification(report.to_dict())
     return Artifact.open(out)
+
+
+def _require_head(records: Sequence[passing.Record], asked: str) -> None:
+    """Raises UsageError if a head was asked for and the model has no table that could be one."""
+    made = next(record for record in records if record.name == "quantize-head")
+    if not made.count:
+        why = f": {made.refusals[0].reason}" if made.refusals else ""
+        raise UsageError(
+            f"the model has no embedding or head for --head {asked}{why}; leave out --head"
+        )
 
 
 def export(

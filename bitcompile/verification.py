@@ -83,6 +83,8 @@ class Report:
     """The outcome of a verification that found no fault."""
 
     nodes: tuple[NodeReport, ...]
+    plugin: bool
+    """Whether the plugin ran; else its operators' functions did, for an artifact of elsewhere."""
     isa: str | None
     """The kernel variant asked for through BITCOMPILE_ISA, None for the machine's best."""
     cosine: float | None
@@ -95,8 +97,11 @@ class Report:
     def summary(self) -> str:
         """One line."""
         exact = sum(node.exact for node in self.nodes)
+        count = f"{exact} of {len(self.nodes)}"
+        if not self.plugin:
+            return f"without the plugin: functions of {count} operators bit-exact"
         whole = f"cosine {self.cosine:.7f}" if self.cosine is not None else f"{self.skipped}"
-        return f"{exact} of {len(self.nodes)} operators bit-exact; whole model: {whole}"
+        return f"{count} operators bit-exact; whole model: {whole}"
 
     def to_dict(self) -> dict[str, Any]:
         """The report for JSON."""
@@ -114,8 +119,11 @@ def verify(
     or cannot run here.
     """
     start = time.monotonic()
-    if isa is not None:
-        _require_variants(artifact)
+    if isa is not None and isa not in (runs := variants(artifact)):
+        raise UsageError(
+            f"the plugin has no variant {isa!r} that this machine runs; "
+            f"choose one of: {', '.join(runs) or 'none'}"
+        )
     artifact.check_hashes(progress)
     model = _open(artifact)
     progress("checking constants")
@@ -136,7 +144,8 @@ def verify(
             progress("verifying the whole model")
             result = _compare_whole(artifact)
             cosine, skipped = (None, result) if isinstance(result, str) else (result, None)
-    return Report(tuple(reports), isa, cosine, skipped, round(time.monotonic() - start, 3))
+    seconds = round(time.monotonic() - start, 3)
+    return Report(tuple(reports), plugin, isa, cosine, skipped, seconds)
 
 
 def _open(artifact: Artifact) -> ir.Model:

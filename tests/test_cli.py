@@ -93,6 +93,8 @@ def test_build_says_what_text_lacks(
     assert result.code == 0, result
     assert "needs tokenizer.json and tokenizer_config.json" in result.out
     assert "--prompt" not in result.out
+    guide = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "came without tokenizer.json and tokenizer_config.json" in guide
 
 
 @pytest.mark.usefixtures("toy")
@@ -136,6 +138,9 @@ def test_run_prints_text_alone(run: Run, artifact: Path) -> None:
     assert result.code == 0, result
     assert result.out.endswith("\n")
     assert result.err == ""
+    long = run("run", artifact, "--prompt", "x" * 150, "-n", "100", "--threads", "1")
+    assert long.code == 0, long
+    assert long.err == "(the context of 160 tokens is full)\n"
 
 
 def test_chat_answers_each_line(
@@ -234,6 +239,11 @@ def test_a_plugin_for_another_machine_is_a_toolchain_error(run: Run, copy: Path)
     is_one_error(run("run", copy, "--prompt", "x"), 4, "riscv64-linux-gnu")
 
 
+def test_half_an_artifact_is_not_inspected(run: Run, copy: Path) -> None:
+    (copy / "model.onnx.data").unlink()
+    is_one_error(run("inspect", copy), 3, "lacks model.onnx.data")
+
+
 # --- the rest -----------------------------------------------------------------------------------
 
 
@@ -244,6 +254,7 @@ def test_verify(run: Run, artifact: Path) -> None:
     report = json.loads(run("verify", artifact, "--json", "--fallback").out)
     assert report["cosine"] is None
     assert len(json.loads(run("verify", artifact, "--json", "--isa", "all").out)) >= 1
+    is_one_error(run("verify", artifact, "--isa", "z80"), 2, "has no variant 'z80'")
     assert run("verify", artifact, "--fallback", "--isa", "portable").code == 2
 
 
@@ -263,6 +274,15 @@ def test_inspect(run: Run, artifact: Path) -> None:
     assert "nodes per layer  4" in result.out
     assert json.loads(run("inspect", artifact, "--json").out)["nodes_per_layer"] == 4
     is_one_error(run("inspect", artifact / "nothing"), 3, "nothing to inspect")
+
+
+def test_a_variant_that_is_none_is_the_same_error_everywhere(
+    run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITCOMPILE_ISA", "z80")
+    for command in ("verify", "bench --prefill 8 --decode 4", "run --prompt x"):
+        name, *rest = command.split()
+        is_one_error(run(name, artifact, *rest), 4, "BITCOMPILE_ISA=z80 is not a variant")
 
 
 def test_targets(run: Run) -> None:

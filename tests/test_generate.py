@@ -87,8 +87,11 @@ def test_streams_what_it_generates(model: TextModel) -> None:
 
 
 def test_a_full_context_ends_the_answer(model: TextModel) -> None:
+    list(model.stream("x", Sampling(tokens=1)))
+    assert not model.full
     pieces = list(model.stream("x" * (model.context - 3), Sampling(tokens=100)))
     assert len(pieces) <= 2
+    assert model.full
     with pytest.raises(InputError, match="do not fit the context of 160"):
         list(model.stream("x" * model.context, Sampling()))
 

@@ -362,10 +362,11 @@ def test_build_runs_and_verifies(tmp_path: Path) -> None:
 @pytest.mark.parametrize("head", ["q8", "q4"])
 def test_a_head_that_is_asked_for_needs_one(tmp_path: Path, head: str) -> None:
     model = nn.Sequential(BitLinear(24, 16), nn.Linear(16, 4))
-    made = bitcompile.build(
-        model, example_inputs=torch.randn(1, 24), out=tmp_path / "out", head=head, verify=False
-    )
-    assert "bitcompile::HeadLinear" not in made.manifest["inspection"]["ops"]
+    with pytest.raises(UsageError, match=f"no embedding or head for --head {head}"):
+        bitcompile.build(
+            model, example_inputs=torch.randn(1, 24), out=tmp_path / "out", head=head, verify=False
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_verify_needs_no_float_output(tmp_path: Path) -> None:

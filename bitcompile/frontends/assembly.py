@@ -94,7 +94,10 @@ def language_model(
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
-        raise InputError(f"{heads} attention heads cannot share {kv_heads} key/value heads")
+        raise InputError(
+            f"{heads} attention heads cannot share {kv_heads} key/value heads: correct the "
+            f"model's {settings}"
+        )
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     if not isinstance(head_size, int) or head_size < 1 or head_size % HEAD_MULTIPLE:
         raise InputError(

@@ -63,7 +63,9 @@ def _factory(module: str, name: str) -> Any:
     except BitcompileError:
         raise
     except (Exception, SystemExit) as error:  # whatever the user's code raises
-        raise InputError(f"cannot import {module}: {_line(error)}") from error
+        raise InputError(
+            f"cannot import {module}: {_line(error)}; it must import in this environment"
+        ) from error
     factory = getattr(imported, name, None)
     if factory is None:
         raise InputError(f"{module} has no {name!r}: give MODULE:FACTORY, a function in it")
