@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -89,6 +90,13 @@ def test_schedules_are_remembered_by_cpu(tmp_path: Path, monkeypatch: pytest.Mon
     presets.remember(own, "Maker-1-3", "avx2", {"gemv": {"streams": 2}})
     found = presets.for_this_cpu(own)
     assert found == {"avx2": {"gemv": {"streams": 1}}}
+    family = {"avx2": {"gemv": {"streams": 4}}, "portable": {"gemv": {"streams": 2}}}
+    shipped = {"Maker-1": family, "Maker-1-3": {"avx2": {"gemv": {"chains": 2}}}}
+    (tmp_path / "shipped").write_text(json.dumps(shipped))
+    monkeypatch.setattr(presets, "SHIPPED", tmp_path / "shipped")
+    assert presets.for_this_cpu(own) == {**family, "avx2": {"gemv": {"streams": 1}}}
+    monkeypatch.setattr(presets, "cpu_model", lambda: "Maker-1-3")
+    assert presets.for_this_cpu(tmp_path / "none") == {**family, "avx2": {"gemv": {"chains": 2}}}
     own.write_text("[")
     with pytest.raises(InputError, match="delete it and tune again"):
         presets.for_this_cpu(own)
@@ -109,8 +117,8 @@ def test_presets_change_the_schedule_and_nothing_else() -> None:
     require("the build tools", x86.X86.can_build_here() is None)
     from bitcompile.targets.tir.x86 import AVX2, ISAS
 
-    made = presets.tuned(ISAS, {"avx2": {"gemv": {"streams": 1}}})
-    assert made[ISAS.index(AVX2)] == replace(AVX2, gemv=replace(AVX2.gemv, streams=1))
+    made = presets.tuned(ISAS, {"avx2": {"gemv": {"streams": 2}}})
+    assert made[ISAS.index(AVX2)] == replace(AVX2, gemv=replace(AVX2.gemv, streams=2))
     assert [a for a in made if a.name != "avx2"] == [a for a in ISAS if a.name != "avx2"]
     with pytest.raises(InputError, match=r"presets of avx2: .*tune again"):
         presets.tuned(ISAS, {"avx2": {"gemv": {"speed": 1}}})

@@ -61,6 +61,8 @@ class Gemv:
     smaller ones."""
     prefetch_bytes: int = 16384
     prefetch_locality: int = 2
+    """LLVM's number: 3 into every cache, 2 into L2 and L3; 0, which weights do not stay in one for,
+    leaves the caches to what is read again, such as the runtime's own data."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Schedules that ``bitcompile tune`` found, by CPU: shipped ones, and those of this machine's user.
 
-A file is ``{cpu: {isa: {"gemv": {...}, "gemm": {...}}}}`` with the fields of ``isa.Gemv`` and
-``isa.Gemm``; ``cpu`` is ``machine.cpu_model()``. Schedules never change results.
+A file is ``{cpu: {isa: {"gemv": {...}, "gemm": {...}}}}`` with fields of ``isa.Gemv`` and
+``isa.Gemm``; ``cpu`` is ``machine.cpu_model()``, or that without its model, for a whole family.
+Schedules never change results.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ def read(path: Path) -> Presets:
 
 
 def for_this_cpu(own: Path) -> Mapping[str, Mapping[str, Any]]:
-    """Schedules by instruction set: the shipped ones, then those in ``own`` over them."""
-    cpu = cpu_model()
-    return {**read(SHIPPED).get(cpu, {}), **read(own).get(cpu, {})}
+    """Schedules by instruction set: the shipped ones of this family, then of this model over them,
+    then those in ``own``."""
+    cpu, shipped = cpu_model(), read(SHIPPED)
+    family = cpu.rpartition("-")[0]
+    return {**shipped.get(family, {}), **shipped.get(cpu, {}), **read(own).get(cpu, {})}
 
 
 def tuned(isas: Iterable[Isa], presets: Mapping[str, Mapping[str, Any]]) -> tuple[Isa, ...]:

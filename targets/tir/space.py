@@ -22,7 +22,9 @@ CHAINS = (1, 2)
 STREAMS = (1, 2, 4)
 ACCUMULATORS = 4
 """Most streams x chains: more would not fit the registers."""
-PREFETCH = ((3072, 3), (4096, 3), (8192, 3), (16384, 3), (16384, 2), (32768, 2))
+PREFETCH = (
+    (3072, 3), (4096, 3), (8192, 3), (16384, 3), (16384, 2), (32768, 2), (6144, 0), (8192, 0),
+)  # fmt: skip
 """(bytes ahead, locality)."""
 REGISTER_TILES = {64: ((6, 4), (12, 2)), 32: ((4, 1), (6, 1)), 16: ((2, 1), (4, 1))}
 """(activation rows, weight tiles) by the bytes of a vector: as many sums as there are registers."""

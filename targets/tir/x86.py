@@ -140,7 +140,7 @@ AVX2 = Isa(
     flush_blocks=8,
     features=("avx2",),
     word_dot=_vpmaddwd,
-    gemv=Gemv(streams=2, batch=2),
+    gemv=Gemv(streams=1, batch=2),
     # A panel holds plain codes: 16 blocks add at most 64 * 2 * 2 * 127 = 32512.
     gemm=Gemm(rows=6, tiles=1, k_blocks=16),
 )
