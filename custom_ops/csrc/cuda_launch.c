@@ -371,6 +371,7 @@ static int gemv(const bc_gpu *gpu, void *stream, const bc_linear *job, const Tok
                     .has_bias = job->bias != NULL,
                     .has_residual = job->residual != NULL};
   int extras = job->bias || job->residual;
+  /* In the order of GEMVS in kernels.py; what is added waits for the kernel before in any case. */
   int kernel = BC_GEMV1 + 3 * (ahead - 1) + (extras ? 2 : overlaps(gpu, job->early));
   int64_t shared = 4 * BC_GEMV_SUMS + (int64_t)warps * ahead * UNIT_COLUMNS;
   return launch(gpu, stream, kernel, ceil_div(job->N, TILE_ROWS), 1, warps * 32, shared,
