@@ -61,8 +61,8 @@ class Gemv:
     smaller ones."""
     prefetch_bytes: int = 16384
     prefetch_locality: int = 2
-    """LLVM's number: 3 into every cache, 2 into L2 and L3; 0, which weights do not stay in one for,
-    leaves the caches to what is read again, such as the runtime's own data."""
+    """LLVM's number: 3 into every cache, 2 into L2 and L3, 0 past both: what is read once need not
+    be moved from one to the next."""
 
 
 @dataclass(frozen=True)
