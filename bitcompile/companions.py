@@ -337,8 +337,8 @@ def readme(imported: Imported, lowered: Lowered) -> str:
 
     language = imported.language
     chosen = [x for x in lowered.target.guide if language is not None or "genai" not in x]
-    files = [] if language is None else [file.name for file in language.tokenizer_files]
-    missing = [] if language is None else missing_tokenizer(files)
+    files = language.tokenizer_files if language is not None else ()
+    missing = missing_tokenizer([file.name for file in files]) if language is not None else []
     note = _NO_TOKENIZER.replace("{missing}", " and ".join(missing)) if missing else ""
     template = _HEADER + note + "".join(SECTIONS[x] for x in chosen) + _FILES
     device = lowered.target.device
