@@ -16,7 +16,6 @@
 #include <functional>
 #include <map>
 #include <random>
-#include <set>
 #include <vector>
 
 typedef unsigned char uchar;
@@ -54,7 +53,7 @@ std::vector<Thread> threads;
 std::map<int, Meeting> meetings;
 std::map<int, Exchange> exchanges;   /* by warp */
 std::map<const void *, Copy> copies; /* by their barrier */
-std::set<const void *> spoilt;
+std::map<uchar *, size_t> arrays;    /* the block's, by where they begin */
 std::vector<uchar> stacks;
 alignas(128) uchar memory[MARGIN + ROOM + MARGIN];
 uchar *const dynamic = memory + MARGIN;
@@ -85,7 +84,7 @@ void start() {
 
 void run_block(int count) {
   threads.assign(count, Thread());
-  meetings.clear(), exchanges.clear(), copies.clear(), spoilt.clear();
+  meetings.clear(), exchanges.clear(), copies.clear(), arrays.clear();
   earlier_ended = !overlapping;
   memset(memory, RUBBISH, sizeof memory);
   stacks.resize((size_t)count * STACK);
@@ -135,7 +134,7 @@ struct {
 
 uchar *dynamic_memory() { return dynamic; }
 void spoil(void *array, size_t bytes) { /* what is declared is not set */
-  if (spoilt.insert(array).second) memset(array, RUBBISH, bytes);
+  if (arrays.emplace((uchar *)array, bytes).second) memset(array, RUBBISH, bytes);
 }
 
 void meet(int number, int count) {
@@ -262,16 +261,20 @@ void bc_store_to(uint64_t address, float v, int type) {
 
 uchar *shared_at(uint address, size_t bytes, size_t alignment) {
   if (address % alignment) wrong("shared memory read or written off its alignment");
-  if (address + bytes > dynamic_bytes) wrong("beyond the block's memory");
-  return dynamic + address;
+  uchar *found = dynamic + (int)address;
+  if (address + bytes <= dynamic_bytes) return found;
+  for (auto [begin, size] : arrays)
+    if (begin <= found && found + bytes <= begin + size) return found;
+  wrong("beyond the block's memory");
 }
 uint bc_shared(const void *p) { return (uint)((const uchar *)p - dynamic); }
+uint bc_now(uint v) { return v; }
 void bc_clear4(int *p) { memset(shared_at(bc_shared(p), 16, 16), 0, 16); }
 void bc_put4(int *p, const int *v) { memcpy(shared_at(bc_shared(p), 16, 16), v, 16); }
 void bc_add_shared(int *p, int v) { *(int *)shared_at(bc_shared(p), 4, 4) += v; }
-int bc_sum_of4(const int *p) {
+int bc_sum_of4(uint address) {
   int v[4];
-  memcpy(v, shared_at(bc_shared(p), 16, 16), 16);
+  memcpy(v, shared_at(address, 16, 16), 16);
   return v[0] + v[1] + v[2] + v[3];
 }
 void bc_load_shared4(float *out, const float *p) {
@@ -300,7 +303,8 @@ void bc_fetch(void *to, const void *from, int64_t byte, int bytes, const void *b
   if (!copies.count(barrier) || copies[barrier].to) wrong("a barrier not opened, or used twice");
   copies[barrier] = {shared_at(bc_shared(to), bytes, 16), (const char *)from + byte, (size_t)bytes};
 }
-void bc_landed(const void *barrier) {
+void bc_landed(uint address) {
+  const void *barrier = shared_at(address, 8, 8);
   wait_for([barrier] { return copies.count(barrier) && copies[barrier].to; });
   Copy &copy = copies[barrier];
   if (!copy.landed) memcpy(copy.to, copy.from, copy.bytes);
@@ -326,6 +330,7 @@ void bc_dot16(int *sums, uint codes, int low, int high) {
       sums[field] += code * (int8_t)((field < 2 ? low : high) >> 8 * byte);
     }
 }
+float bc_reciprocal(float v) { return 1.0f / v; }
 float bc_reciprocal_rms(float total, float K, float, float eps) {
   return 1.0f / std::sqrt(total / K + eps);
 }

@@ -341,6 +341,7 @@ static int fused(const bc_gpu *gpu, void *stream, const bc_linear *job) {
                      .N = job->N,
                      .type_x = job->type_x,
                      .has_norm = job->gamma != NULL,
+                     .inverse = 1.0f / (float)job->K,
                      .eps = job->eps,
                      .bias = job->bias,
                      .residual = job->residual,

@@ -176,14 +176,17 @@ def decode_table(launcher: Launcher) -> None:
     for N, K in SHAPES:
         weights = Weights.make(N, K)
         gamma = torch.ones(K, device="cuda")
-        floor, product, early, op, op_early, triton, bf16 = in_turn([
+        floor, product, op, triton, bf16 = in_turn([
             read_floor(launcher, weights),
             ours(launcher, weights.linears(1, quantised=True)),
-            ours(launcher, weights.linears(1, quantised=True, early=True)),
             ours(launcher, weights.linears(1, gamma=gamma)),
-            ours(launcher, weights.linears(1, gamma=gamma, early=True)),
             attempt(partial(triton_w2a8, N, K)),
             attempt(partial(cublas_bf16, N, K, 1)),
+        ])  # fmt: skip
+        # Apart, for the others put the card in the state where these begin later (see `captured`).
+        early, op_early = in_turn([
+            ours(launcher, weights.linears(1, quantised=True, early=True)),
+            ours(launcher, weights.linears(1, gamma=gamma, early=True)),
         ])  # fmt: skip
         cells = [f"{t * 1e6:.2f}" for t in (floor, product, early, op, op_early)]
         cells += [f"{floor / product:.2f}", f"{N * K / 4 / op_early / 1e9:.0f}"]

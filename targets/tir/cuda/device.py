@@ -138,6 +138,16 @@ def put(buffer: Buffer, value: Expr, index: Expr = 0) -> None:
     store(buffer, index, value, 1)
 
 
+def now(value: Expr) -> Expr:
+    """A uint32 that is worked out here, and not again where it is needed."""
+    return read("uint32", "bc_now", value)
+
+
+def address(pointer: Expr) -> Expr:
+    """An address in shared memory, worked out here."""
+    return now(call("uint32", "bc_shared", pointer))
+
+
 def long(value: Expr) -> Expr:
     """``value`` as an offset that may exceed 32 bits."""
     return T.cast(value, "int64")

@@ -17,6 +17,7 @@ from typing import Any
 
 from bitcompile.targets.tir.cuda.device import (
     Ids,
+    address,
     at,
     barrier,
     call,
@@ -24,6 +25,7 @@ from bitcompile.targets.tir.cuda.device import (
     do,
     dynamic,
     long,
+    now,
     put,
     read,
     rolled,
@@ -59,7 +61,8 @@ PARAMETERS = [
     *((name, "int32") for name in (
         "units", "tiles", "step", "warps", "ending", "K", "N", "type_x", "has_norm",
     )),
-    ("eps", "float32"), ("bias", "float32*"), ("residual", "uint8*"), ("y", "uint8*"),
+    ("inverse", "float32"), ("eps", "float32"),
+    ("bias", "float32*"), ("residual", "uint8*"), ("y", "uint8*"),
     *((name, "int32") for name in ("type_y", "has_bias", "has_residual", "activation")),
 ]  # fmt: skip
 """What the first loads need comes first: 64 bytes of arguments arrive together."""
@@ -73,7 +76,8 @@ def threads(share: int) -> int:
 def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
     """``y = scaled(W quantise(norm(x)))`` for one row whose warps have ``share`` units each.
 
-    The number of values is a multiple of 4; ``wide``: they are float32, else of a 16-bit type.
+    The number of values is a multiple of 4, ``inverse`` 1 over it; ``wide``: they are float32, else
+    of a 16-bit type.
     ``W``: units ``[tiles, units]``; ``y`` ``[N]`` of ``type_y``, plus bias ``[N]`` and residual
     like y. With ``gate``, rows n and N + n of W give ``act(gate) * up``. Grid: blocks of ``step``
     tiles. Threads: 32 * (``warps`` + ``ending`` + 1), of which ``ending`` warps have a lane for
@@ -84,15 +88,16 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
 
     def body(ids: Ids, x: Buffer, w: Buffer, gamma: Buffer, w_scale: Buffer, units: Expr,
              tiles: Expr, step: Expr, warps: Expr, ending: Expr, K: Expr, N: Expr, type_x: Expr,
-             has_norm: Expr, eps: Expr, bias: Buffer, residual: Buffer, y: Buffer, type_y: Expr,
-             has_bias: Expr, has_residual: Expr, activation: Expr) -> None:  # fmt: skip
+             has_norm: Expr, inverse: Expr, eps: Expr, bias: Buffer, residual: Buffer, y: Buffer,
+             type_y: Expr, has_bias: Expr, has_residual: Expr,
+             activation: Expr) -> None:  # fmt: skip
         room = view(dynamic(), "int32")
         sums_of_warps, most = shared(MOST_WARPS[share], "float32"), shared(32, "int32")
         landed = shared(PIECES, "uint64")
-        lane = ids.lane
-        warp = variable(
-            call("int32", "__shfl_sync", T.uint32(0xFFFFFFFF), ids.warp, T.int32(0)), "int32"
-        )[0]
+        warp, lane = (  # by shuffles, or they would be read again on the chain
+            variable(call("int32", "__shfl_sync", T.uint32(0xFFFFFFFF), value, from_), "int32")[0]
+            for value, from_ in ((ids.warp, T.int32(0)), (ids.lane, ids.lane))
+        )
         base = ids.block_x * step
         count = T.min(step, tiles - base)
         rows, slots = count * TILE_ROWS, count * pairs
@@ -128,13 +133,18 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
             own = warp * share
             weights = local(4 * share, "float32")  # of the norm
             row = local(4 * share, "float32")
-            mine = variable(
-                call("uint32", "bc_shared", at(room, row_at + own * (UNIT_COLUMNS // 4))), "uint32"
-            )[0]
+            # Word 4 j + c of a unit goes to lanes c of four: theirs lie together.
+            c, g = lane % 4, T.floordiv(lane, 4)
+            mine = address(at(room, row_at + own * (UNIT_COLUMNS // 4) + c * 8))
+            most_at = address(at(most, warp))
+            first = address(at(room, own * UNIT_WORDS + lane * 4))
+            sum_at = address(at(room, sums + lane))
+            landing = address(at(landed, T.int32(0)))
+            to = now(mine + T.cast(g * 4, "uint32"))
+            wanted = [now(T.cast(own + p < units, "uint32")) for p in range(share)]
             for i in range(4 * share):
                 put(weights, T.float32(0), i)
             length = T.cast(K, "float32")
-            inverse = variable(call("float32", "__frcp_rn", length), "float32")[0]
             with when(has_norm != 0):
                 for p in range(share):
                     k = (own + p) * UNIT_COLUMNS + lane * 4
@@ -165,23 +175,19 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
                 put(bits, T.max(bits[0], magnitude(row[i])))
             put(bits, call("int32", "__reduce_max_sync", T.uint32(0xFFFFFFFF), bits[0]))
             with when(lane == 0):
-                put(most, bits[0], warp)
+                do("bc_store_shared", most_at, bits[0])
             do("bc_meet", meeting)
             put(bits, most[T.min(lane, warps - 1)])
             put(bits, call("int32", "__reduce_max_sync", T.uint32(0xFFFFFFFF), bits[0]))
             scale, _ = row_scale(bits[0])
             part, b = variable(T.int32(0), "int32"), local(8 * share, "int32")
-            # Word 4 j + c of a unit goes to lanes c of four: theirs lie together.
-            c, g = lane % 4, T.floordiv(lane, 4)
             for p in range(share):
                 packed = variable(call("int32", "bc_quantized4", at(row, p * 4), scale), "int32")
                 put(part, part[0] + call("int32", "bc_sum4", packed[0]))
-                to = mine + T.cast(p * UNIT_COLUMNS + c * 32 + g * 4, "uint32")
-                do("bc_store_shared", to, packed[0])
+                do("bc_store_shared", to + T.uint32(p * UNIT_COLUMNS), packed[0])
             do("__syncwarp")
             for p in range(share):
-                from_ = mine + T.cast(p * UNIT_COLUMNS + c * 32, "uint32")
-                do("bc_load_shared8", at(b, p * 8), from_)
+                do("bc_load_shared8", at(b, p * 8), mine + T.uint32(p * UNIT_COLUMNS))
             put(part, call("int32", "__reduce_add_sync", T.uint32(0xFFFFFFFF), part[0]))
 
             # The codes' zero point, taken off once a row.
@@ -190,34 +196,30 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
             acc, words = local(4, "int32"), local(4 * together, "uint32")
             for i in range(4 * together):
                 put(words, T.uint32(0), i)
-            address = call("uint32", "bc_shared", at(room, own * UNIT_WORDS + lane * 4))
-            next_ = variable(address, "uint32")
-            address = call("uint32", "bc_shared", at(room, sums + lane))
-            sum_at = variable(address, "uint32")
+            next_, sum_ = variable(first, "uint32"), variable(sum_at, "uint32")
             with rolled(slots) as slot:
                 for i in range(4):
                     put(acc, T.int32(0), i)
                 if cuts == 1:
-                    do("bc_landed", at(landed, slot))
+                    do("bc_landed", landing + T.cast(slot * 8, "uint32"))
                 else:
                     with when(own < half):
-                        do("bc_landed", at(landed, slot * 2))
+                        do("bc_landed", landing + T.cast(slot * 16, "uint32"))
                     with when(own + share > half):
-                        do("bc_landed", at(landed, slot * 2 + 1))
+                        do("bc_landed", landing + T.cast(slot * 16 + 8, "uint32"))
                 for p in range(0, share, together):
                     for i in range(together):
                         unit = next_[0] + T.uint32((p + i) * UNIT_WORDS * 4)
-                        wanted = T.cast(own + (p + i) < units, "int32")
-                        do("bc_load_shared_unit_if", at(words, i * 4), unit, wanted)
+                        do("bc_load_shared_unit_if", at(words, i * 4), unit, wanted[p + i])
                     for t in range(4 * together):
                         q = b[(p * 4 + t) * 2], b[(p * 4 + t) * 2 + 1]
                         do("bc_dot16", at(acc, 0), words[t], *q)
                 put(next_, next_[0] + T.cast(units * (UNIT_WORDS * 4), "uint32"))
                 upper = acc[0] + T.shift_right(acc[2], 4)
                 lower = T.shift_right(acc[1], 2) + T.shift_right(acc[3], 6)
-                do("bc_add_at", sum_at[0], upper - offset)
-                do("bc_add_at", sum_at[0] + T.uint32(TILE_ROWS * 8), lower - offset)
-                put(sum_at, sum_at[0] + T.uint32(TILE_ROWS * 16))
+                do("bc_add_at", sum_[0], upper - offset)
+                do("bc_add_at", sum_[0] + T.uint32(TILE_ROWS * 8), lower - offset)
+                put(sum_, sum_[0] + T.uint32(TILE_ROWS * 16))
             do("bc_meet", meeting)
 
         with when(T.And(warp >= warps, warp < warps + ending)):
@@ -233,6 +235,8 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
             with when(T.And(has_bias != 0, mine)):
                 put(addend, bias[n])
             to = read("uint64", "bc_element", y.data, long(n), type_y)
+            sums_at = address(at(room, sums + own * 4))
+            type_ = T.cast(now(T.cast(type_y, "uint32")), "int32")
             do("bc_wait_for_earlier")
             with when(T.And(has_residual != 0, mine)):
                 put(old, read("float32", "bc_load", residual.data, long(n), type_y))
@@ -247,15 +251,16 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
             do("bc_meet", meeting)
             with when(mine):
 
-                def product(row: Expr, factor: Buffer) -> Expr:
-                    whole = read("int32", "bc_sum_of4", at(room, sums + row * 4))
+                def product(address: Expr, factor: Buffer) -> Expr:
+                    whole = read("int32", "bc_sum_of4", address)
                     return variable(T.cast(whole, "float32") * factor[0], "float32")[0]
 
-                result = variable(product(own, factors[0]), "float32")
+                result = variable(product(sums_at, factors[0]), "float32")
                 if gate:
-                    put(result, gated(activation, result[0], product(rows + own, factors[1])))
+                    up = product(sums_at + T.cast(rows * 16, "uint32"), factors[1])
+                    put(result, gated(activation, result[0], up))
                 put(result, result[0] + addend[0])
                 put(result, result[0] + old[0])
-                do("bc_store_to", to, result[0], type_y)
+                do("bc_store_to", to, result[0], type_)
 
     return device_kernel(name, PARAMETERS, threads(share), body)

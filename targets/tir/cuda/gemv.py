@@ -12,6 +12,7 @@ from typing import Any
 
 from bitcompile.targets.tir.cuda.device import (
     Ids,
+    address,
     at,
     barrier,
     call,
@@ -94,6 +95,7 @@ def gemv(name: str, ahead: int, early: bool, extras: bool) -> Any:
             do("bc_clear4", at(room, thread * 4))
         with when(thread < warps * (ahead * UNIT_COLUMNS // 16)):
             do("bc_put4", at(room, SUMS + thread * 4), at(piece, 0))
+        sums_at = address(at(room, lane * 4))
         barrier()
 
         acc, b = local(4, "int32"), local(8, "int32")
@@ -111,7 +113,7 @@ def gemv(name: str, ahead: int, early: bool, extras: bool) -> Any:
         do("bc_add_shared", at(room, SUMS // 2 + lane), lower)
         barrier()
         with when(ends):
-            whole = read("int32", "bc_sum_of4", at(room, lane * 4)) - total[0]
+            whole = read("int32", "bc_sum_of4", sums_at) - total[0]
             factor = call("float32", "__fdiv_rn", weight[0], scale[0])
             result = variable(T.cast(whole, "float32") * factor, "float32")
             if extras:

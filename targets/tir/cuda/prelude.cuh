@@ -186,13 +186,20 @@ BC_INLINE void bc_load_int4(int* out, const void* p, int64_t byte) {
 BC_INLINE void bc_add_shared(int* p, int v) { atomicAdd(p, v); }
 BC_INLINE void bc_put4(int* p, const int* v) { *(int4*)p = *(const int4*)v; }
 BC_INLINE void bc_clear4(int* p) { *(int4*)p = make_int4(0, 0, 0, 0); }
-BC_INLINE int bc_sum_of4(const int* p) {
-  int4 v = *(const int4*)p;
+BC_INLINE int bc_sum_of4(uint address) {
+  int4 v;
+  asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
   return v.x + v.y + v.z + v.w;
 }
 BC_INLINE void bc_load_shared4(float* out, const float* p) { *(float4*)out = *(const float4*)p; }
 BC_INLINE void bc_store_shared4(float* p, const float* v) { *(float4*)p = *(const float4*)v; }
 BC_INLINE uint bc_shared(const void* p) { return (uint)__cvta_generic_to_shared(p); }
+/* `v`, worked out where this stands: the compiler would else put it off to where it is needed. */
+BC_INLINE uint bc_now(uint v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
 BC_INLINE void bc_load_shared16(uint* out, uint address) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(address) : "memory");
@@ -288,7 +295,7 @@ BC_INLINE void bc_fetch(void* to, const void* from, int64_t byte, int bytes, voi
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(landing) : "memory");
 #endif
 }
-BC_INLINE void bc_landed(void* barrier) {
+BC_INLINE void bc_landed(uint barrier) {
   asm volatile(
       "{\n.reg .pred done;\nagain:\n"
 #if __CUDA_ARCH__ >= 900
@@ -296,7 +303,7 @@ BC_INLINE void bc_landed(void* barrier) {
 #else
       "mbarrier.test_wait.parity.shared.b64 done, [%0], 0;\n"
 #endif
-      "@!done bra again;\n}" ::"r"((uint)__cvta_generic_to_shared(barrier)) : "memory");
+      "@!done bra again;\n}" ::"r"(barrier) : "memory");
 }
 BC_INLINE void bc_load_constant4(float* out, const float* p, int i) {
   *(float4*)out = *(const float4*)(p + i);
@@ -352,6 +359,13 @@ BC_INLINE float bc_divide(float a, float b, float y) {
   return __fmaf_rn(__fmaf_rn(-q, b, a), y, q);
 }
 
+/* fl(1 / a), a > 0 and normal: the compiler's own steps, but without a branch before the end. */
+BC_INLINE float bc_reciprocal(float a) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a));
+  y = __fmaf_rn(y, __fmaf_rn(-a, y, 1.0f), y);
+  return a < 0x1p126f ? y : __frcp_rn(a);
+}
 /* fl(1 / fl(sqrt(fl(fl(total / K) + eps)))), inverse = fl(1 / K), without a branch before the end.
  * Quotient, root and reciprocal are Newton steps; the last of each leaves it correctly rounded (Markstein,
  * ch. 8), the reciprocal but for one mantissa, all ones (compared for every mantissa on an H100). */

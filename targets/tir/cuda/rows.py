@@ -129,7 +129,7 @@ def row_scale(bits: Expr, limit: float = 127.0) -> tuple[Expr, Expr]:
     """Scale for the values of a row (0 if it holds NaN or Inf) and the one that is stored (NaN)."""
     floor = numerics.AMAX_FLOOR.view("int32").item()
     amax = call("float32", "__int_as_float", T.max(bits, T.int32(floor)))
-    scale = call("float32", "__frcp_rn", amax) * T.float32(limit)
+    scale = call("float32", "bc_reciprocal", amax) * T.float32(limit)
     used = variable(scale, "float32")
     kept = variable(used[0], "float32")
     with when(bits >= INF_BITS):
