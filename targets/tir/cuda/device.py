@@ -148,6 +148,15 @@ def address(pointer: Expr) -> Expr:
     return now(call("uint32", "bc_shared", pointer))
 
 
+def kept(value: Expr, lane: Expr = 0) -> Expr:
+    """An int32 of the warp, ``value`` of ``lane``, by a shuffle: in a register from here on.
+
+    What comes from a special register or an argument would be read again where it is needed.
+    """
+    mask = T.uint32(0xFFFFFFFF)
+    return variable(call("int32", "__shfl_sync", mask, value, T.int32(lane)), "int32")[0]
+
+
 def long(value: Expr) -> Expr:
     """``value`` as an offset that may exceed 32 bits."""
     return T.cast(value, "int64")

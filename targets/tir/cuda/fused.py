@@ -24,6 +24,7 @@ from bitcompile.targets.tir.cuda.device import (
     device_kernel,
     do,
     dynamic,
+    kept,
     long,
     now,
     put,
@@ -94,10 +95,7 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
         room = view(dynamic(), "int32")
         sums_of_warps, most = shared(MOST_WARPS[share], "float32"), shared(32, "int32")
         landed = shared(PIECES, "uint64")
-        warp, lane = (  # by shuffles, or they would be read again on the chain
-            variable(call("int32", "__shfl_sync", T.uint32(0xFFFFFFFF), value, from_), "int32")[0]
-            for value, from_ in ((ids.warp, T.int32(0)), (ids.lane, ids.lane))
-        )
+        warp, lane = kept(ids.warp), kept(ids.lane, ids.lane)
         base = ids.block_x * step
         count = T.min(step, tiles - base)
         rows, slots = count * TILE_ROWS, count * pairs
@@ -243,9 +241,9 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
             do("bc_meet", meeting)
             bits = variable(most[T.min(lane, warps - 1)], "int32")
             put(bits, call("int32", "__reduce_max_sync", T.uint32(0xFFFFFFFF), bits[0]))
-            _, kept = row_scale(bits[0])
+            _, stored = row_scale(bits[0])
             factors = [
-                variable(call("float32", "__fdiv_rn", scale[0], kept), "float32")
+                variable(call("float32", "__fdiv_rn", scale[0], stored), "float32")
                 for scale in scales
             ]
             do("bc_meet", meeting)

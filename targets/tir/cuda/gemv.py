@@ -33,6 +33,8 @@ AHEAD = (1, 2, 3, 4)
 """Units of a warp: a thread has at most one piece of 16 bytes of the row to bring."""
 MOST_WARPS = 24
 LONGEST = MOST_WARPS * AHEAD[-1] * UNIT_COLUMNS
+REGISTERS = 56
+"""Of a thread: with what the compiler takes unasked (72), the next kernel's blocks find no room."""
 SUMS = TILE_ROWS * 4
 """The four lanes that share a row add to places of their own."""
 

@@ -72,8 +72,8 @@ KERNELS = (
     *(DeviceKernel(f"bc_head{bits}_{tokens}", partial(head.head, bits=bits, tokens=tokens),
                    2 if tokens == 1 else 1) for bits in (8, 4) for tokens in head.AHEAD),
     DeviceKernel("bc_read", roof.read, 2),
-    *(DeviceKernel(name, partial(gemv.gemv, ahead=ahead, early=early, extras=extras))
-      for name, ahead, early, extras in GEMVS),
+    *(DeviceKernel(name, partial(gemv.gemv, ahead=ahead, early=early, extras=extras),
+                   registers=gemv.REGISTERS) for name, ahead, early, extras in GEMVS),
     *(DeviceKernel(tile.name, partial(gemm.wgmma, tile=tile), feature="90a")
       for tile in TILES),
 )  # fmt: skip
