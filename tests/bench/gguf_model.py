@@ -1,11 +1,12 @@
-"""A GGUF file of BitNet b1.58 2B-4T's shape with random weights, for llama.cpp's benchmark.
+"""A GGUF file of BitNet b1.58 2B-4T's shape with random weights, for the benchmark of llama.cpp.
 
-    python -m tests.bench.gguf_model OUT.gguf [--head Q8_0]
+    python -m tests.bench.gguf_model OUT.gguf [--head Q8_0] [--ternary IQ2_BN]
     llama-bench -m OUT.gguf -t 2 -p 512 -n 64 -r 5
 
-Ternary products are TQ2_0 (2.06 bits a weight, each layer its own), the embedding that is also the
-head is of the type ``--head``. Architecture ``bitnet``: its gate is SiLU where the model has a
-squared ReLU, which costs the same. No vocabulary: the program only computes.
+Ternary products are TQ2_0 (2.06 bits a weight, each layer its own), or IQ2_BN (2 bits) for
+ik_llama.cpp; the embedding that is also the head is of the type ``--head``. Architecture
+``bitnet``: its gate is SiLU where the model has a squared ReLU, which costs the same. No
+vocabulary: the program only computes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ PRODUCTS = {
     "ffn_down": (HIDDEN, FFN),
 }  # fmt: skip
 """(rows, columns) of a layer's ternary weights."""
+IQ2_BN = 135
+"""Of ik_llama.cpp: a row is a float32 scale, then four codes of 0 to 2 a byte (ggml-common.h)."""
 NORMS = {"attn_norm": HIDDEN, "attn_sub_norm": HIDDEN, "ffn_norm": HIDDEN, "ffn_sub_norm": FFN}
 
 
@@ -36,16 +39,26 @@ def blocks(rng: np.random.Generator, rows: int, columns: int, kind: Type) -> np.
     made = rng.integers(0, 256, (rows, columns // values, size), np.uint8)
     scale = np.frombuffer(np.float16(0.02).tobytes(), np.uint8)
     if kind == Type.TQ2_0:
-        # Four codes of 0 to 2 a byte.
-        codes = rng.integers(0, 3, (*made.shape[:2], size - 2, 4), np.uint8)
-        made[..., :-2] = (codes << (2 * np.arange(4, dtype=np.uint8))).sum(-1, dtype=np.uint8)
+        made[..., :-2] = codes(rng, (*made.shape[:2], size - 2))
         made[..., -2:] = scale
     else:
         made[..., :2] = scale
     return made.reshape(rows, -1)
 
 
-def tensors(head: Type) -> Iterator[tuple[str, np.ndarray, Type | None]]:
+def codes(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Random bytes of four codes of 0 to 2."""
+    four = rng.integers(0, 3, (*shape, 4), np.uint8)
+    return (four << (2 * np.arange(4, dtype=np.uint8))).sum(-1, dtype=np.uint8)
+
+
+def scaled_rows(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    """Random rows of IQ2_BN."""
+    scale = np.full((rows, 1), 0.02, np.float32).view(np.uint8)
+    return np.concatenate([scale, codes(rng, (rows, columns // 4))], axis=1)
+
+
+def tensors(head: Type, ternary: str) -> Iterator[tuple[str, np.ndarray, int | None]]:
     """Name, content and type of every tensor."""
     rng = np.random.default_rng(0)
     yield "token_embd.weight", blocks(rng, VOCABULARY, HIDDEN, head), head
@@ -54,7 +67,10 @@ def tensors(head: Type) -> Iterator[tuple[str, np.ndarray, Type | None]]:
         for name, size in NORMS.items():
             yield f"blk.{i}.{name}.weight", np.ones(size, np.float32), None
         for name, shape in PRODUCTS.items():
-            yield f"blk.{i}.{name}.weight", blocks(rng, *shape, Type.TQ2_0), Type.TQ2_0
+            if ternary == "IQ2_BN":
+                yield f"blk.{i}.{name}.weight", scaled_rows(rng, *shape), IQ2_BN
+            else:
+                yield f"blk.{i}.{name}.weight", blocks(rng, *shape, Type.TQ2_0), Type.TQ2_0
 
 
 def main() -> None:
@@ -62,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out")
     parser.add_argument("--head", choices=("Q8_0", "Q4_0"), default="Q8_0")
+    parser.add_argument("--ternary", choices=("TQ2_0", "IQ2_BN"), default="TQ2_0")
     arguments = parser.parse_args()
     writer = gguf.GGUFWriter(arguments.out, "bitnet")
     writer.add_context_length(4096)
@@ -75,8 +92,12 @@ def main() -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(VOCABULARY)
     writer.add_tokenizer_model("no_vocab")
-    for name, data, kind in tensors(Type[arguments.head]):
-        writer.add_tensor(name, data, raw_dtype=kind)
+    for name, data, kind in tensors(Type[arguments.head], arguments.ternary):
+        if kind == IQ2_BN:  # the package does not know it, nor that rows begin with a scale
+            shape = (len(data), 4 * (data.shape[1] - 4))
+            writer.add_tensor(name, data.view(np.int8), raw_shape=shape, raw_dtype=kind)
+        else:
+            writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
