@@ -359,13 +359,15 @@ BC_INLINE float bc_divide(float a, float b, float y) {
   return __fmaf_rn(__fmaf_rn(-q, b, a), y, q);
 }
 
-/* fl(1 / a), a > 0 and normal: the compiler's own steps, but without a branch before the end. */
+/* fl(1 / a), a > 0 and normal: the compiler's own steps, but without a branch before the end (compared with
+ * __frcp_rn for every such float on an H100). */
 BC_INLINE float bc_reciprocal(float a) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a));
   y = __fmaf_rn(y, __fmaf_rn(-a, y, 1.0f), y);
   return a < 0x1p126f ? y : __frcp_rn(a);
 }
+
 /* fl(1 / fl(sqrt(fl(fl(total / K) + eps)))), inverse = fl(1 / K), without a branch before the end.
  * Quotient, root and reciprocal are Newton steps; the last of each leaves it correctly rounded (Markstein,
  * ch. 8), the reciprocal but for one mantissa, all ones (compared for every mantissa on an H100). */
