@@ -151,7 +151,7 @@ def address(pointer: Expr) -> Expr:
 def kept(value: Expr, lane: Expr = 0) -> Expr:
     """An int32 of the warp, ``value`` of ``lane``, by a shuffle: in a register from here on.
 
-    What comes from a special register or an argument would be read again where it is needed.
+    What comes from a special register would be read again where it is needed.
     """
     mask = T.uint32(0xFFFFFFFF)
     return variable(call("int32", "__shfl_sync", mask, value, T.int32(lane)), "int32")[0]
