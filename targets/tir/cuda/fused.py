@@ -234,7 +234,6 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
                 put(addend, bias[n])
             to = read("uint64", "bc_element", y.data, long(n), type_y)
             sums_at = address(at(room, sums + own * 4))
-            type_ = T.cast(now(T.cast(type_y, "uint32")), "int32")
             do("bc_wait_for_earlier")
             with when(T.And(has_residual != 0, mine)):
                 put(old, read("float32", "bc_load", residual.data, long(n), type_y))
@@ -259,6 +258,6 @@ def fused(name: str, share: int, wide: bool, gate: bool) -> Any:
                     put(result, gated(activation, result[0], up))
                 put(result, result[0] + addend[0])
                 put(result, result[0] + old[0])
-                do("bc_store_to", to, result[0], type_)
+                do("bc_store_to", to, result[0], type_y)
 
     return device_kernel(name, PARAMETERS, threads(share), body)
